@@ -1,0 +1,179 @@
+"""Autograd over the operators, and the choice between them and the differentiable reference."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xentile import _layout, reference
+from xentile._ops import ops
+from xentile.reference import kernels
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+
+class Inputs(NamedTuple):
+    """Tensors, flattened: logits (N, V), target (N,) or probabilities (N, V); vectors in the accumulation dtype."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    token_weight: Tensor | None
+    normalizer: Tensor | None
+    group_ids: Tensor | None
+    state: Tensor | None
+
+
+class Options(NamedTuple):
+    """Scalars, in the order of the operators' schemas."""
+
+    ignore_index: int
+    reduction: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+    zero_if_empty: bool
+
+
+def run(inputs: Inputs, options: Options, *, soft: bool, entropy: bool, target_rank: bool, inplace: bool) -> Results:
+    """(loss, token_loss, lse, predicted, correct, entropy, target_rank), the last two None unless asked for."""
+    if recomputing():
+        inputs = inputs._replace(state=None)
+    if soft or _transformed() or any(t is not None and t.requires_grad for t in inputs[2:5]):
+        return _through_reference(inputs, options, soft, entropy, target_rank)
+    compiling = torch.compiler.is_compiling()
+    overwrite = inplace and not compiling  # a compiler plans memory itself
+    if torch.is_grad_enabled() and inputs.logits.requires_grad:
+        # Compiled code keeps the gradient out of the forward: its backward could not overwrite a saved tensor to scale it.
+        return CrossEntropyFunction.apply(*inputs, *options, entropy, target_rank, overwrite, not compiling)
+    return _forward(inputs, options, entropy, target_rank, None)[0]
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing repeats it, and a batch must count once."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _forward(
+    inputs: Inputs, options: Options, entropy: bool, target_rank: bool, dlogits: Tensor | None
+) -> tuple[Results, Tensor]:
+    """Allocate the outputs and launch: (results, denominator)."""
+    logits = inputs.logits
+    rows = logits.shape[0]
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss = logits.new_empty((rows,) if options.reduction == 0 else (), dtype=acc)
+    denominator = logits.new_empty((), dtype=acc)
+    token_loss, lse = logits.new_empty(rows, dtype=acc), logits.new_empty(rows, dtype=acc)
+    predicted = logits.new_empty(rows, dtype=torch.int64)
+    correct = logits.new_empty(rows, dtype=torch.bool)
+    entropies = logits.new_empty(rows, dtype=acc) if entropy else None
+    ranks = logits.new_empty(rows, dtype=torch.int64) if target_rank else None
+    outputs = (loss, denominator, token_loss, lse, predicted, correct, entropies, ranks)
+    ops.cross_entropy.default(*inputs[:6], *outputs, inputs.state, dlogits, *options)
+    return (loss, token_loss, lse, predicted, correct, entropies, ranks), denominator
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """With mean and sum, forward writes the gradient in the same launch, and backward only scales it if it must.
+
+    The buffer is handed out by the first backward, which may scale it in place because nobody else holds it; a second one
+    (retain_graph) computes the gradient anew, with the same formula and hence the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        inputs, options = Inputs(*args[:7]), Options(*args[7:14])
+        entropy, target_rank, inplace, fused = args[14:]
+        logits = inputs.logits
+        dlogits = None
+        if fused and options.reduction != 0:
+            dlogits = logits.detach() if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        results, denominator = _forward(inputs, options, entropy, target_rank, dlogits)
+        if inplace and dlogits is not None:
+            torch.autograd.graph.increment_version(logits)
+        ctx.dlogits, ctx.inplace, ctx.options = dlogits, inplace, options
+        # in place, the logits are gone after a fused forward: saving them would only provoke autograd's version check
+        ctx.overwritten = inplace and dlogits is not None
+        saved = None if ctx.overwritten else logits
+        ctx.save_for_backward(
+            saved,
+            inputs.target,
+            inputs.weight,
+            inputs.token_weight,
+            inputs.normalizer,
+            denominator,
+            results[1],
+            results[2],
+        )
+        ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+        none = (None,) * 17
+        if dloss is None:
+            return (None, *none)
+        if torch.is_grad_enabled():
+            return (_differentiable_gradient(ctx, dloss), *none)
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is not None:
+            ops.scale_.default(dlogits, dloss)
+            return (dlogits, *none)
+        if ctx.overwritten:
+            raise RuntimeError(
+                "inplace=True: the first backward handed out the gradient, and the logits are overwritten"
+            )
+        logits, target, weight, token_weight, _normalizer, denominator, token_loss, lse = ctx.saved_tensors
+        options = ctx.options
+        if ctx.inplace:
+            dlogits = logits.detach()
+        else:
+            dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dloss = dloss.contiguous()
+        saved = (weight, token_weight, denominator, token_loss, lse)
+        ops.cross_entropy_backward.default(dloss, logits, target, *saved, dlogits, *options[:6])
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+            ctx.overwritten = True
+        return (dlogits, *none)
+
+
+def _differentiable_gradient(ctx: Any, dloss: Tensor) -> Tensor:
+    """create_graph=True: the gradient as a differentiable function of logits and dloss, through the reference."""
+    if ctx.inplace:
+        raise RuntimeError("inplace=True: the logits are overwritten, so the gradient cannot be differentiated again")
+    logits, target, weight, token_weight, normalizer, *_ = ctx.saved_tensors
+    inputs = Inputs(logits, target, weight, token_weight, normalizer, None, None)
+    loss = _reference_terms(inputs, ctx.options, soft=False).loss
+    (dlogits,) = torch.autograd.grad(loss, logits, dloss, create_graph=True)
+    return dlogits
+
+
+def _reference_terms(inputs: Inputs, options: Options, soft: bool) -> reference.Terms:
+    scalars = options._asdict() | {"reduction": _layout.REDUCTIONS[options.reduction]}
+    scalars |= {"token_weight": inputs.token_weight, "normalizer": inputs.normalizer}
+    if soft:
+        scalars.pop("ignore_index")
+        return reference.soft_cross_entropy(inputs.logits, inputs.target, inputs.weight, **scalars)
+    return reference.cross_entropy(inputs.logits, inputs.target, inputs.weight, **scalars)
+
+
+def _through_reference(inputs: Inputs, options: Options, soft: bool, entropy: bool, target_rank: bool) -> Results:
+    """Plain PyTorch: for torch.func transforms, class probabilities, and gradients of the weights or the normalizer."""
+    if inputs.state is not None and _transformed():
+        raise ValueError(
+            "sketch= can't be updated inside a torch.func transform: return token_loss, and update it outside"
+        )
+    terms = _reference_terms(inputs, options, soft)
+    if inputs.state is not None:
+        kernels.count(inputs.state, terms, inputs.group_ids)
+    optional = (terms.entropy if entropy else None, terms.target_rank if target_rank else None)
+    return (terms.loss, terms.token_loss, terms.lse, terms.predicted, terms.correct, *optional)

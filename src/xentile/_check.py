@@ -1,0 +1,212 @@
+"""Argument checks. Each message names the argument, what it must be and what it was, before anything is computed.
+
+The exception types are those of torch.nn.functional.cross_entropy for the same misuse.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xentile._ops import ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    return value
+
+
+def one_of(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{value} is not a valid value for {name}: expected one of {', '.join(map(repr, choices))}")
+
+
+def number(value: Any, name: str) -> float:
+    """A Python number as a float. Tensors are refused: reading one would wait for the device."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    return float(value)
+
+
+def at_least_zero(value: Any, name: str) -> float:
+    if not 0 <= number(value, name) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return float(value)
+
+
+def positive(value: Any, name: str) -> float:
+    if not 0 < number(value, name) < math.inf:
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+    return float(value)
+
+
+def fraction(value: Any, name: str) -> float:
+    if not 0 <= number(value, name) <= 1:
+        raise RuntimeError(f"{name} must be between 0.0 and 1.0. Got: {value}")
+    return float(value)
+
+
+def integer(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be int, got {type(value).__name__}")
+    return value  # type: ignore[return-value]
+
+
+def same_device(logits: Tensor, **others: Tensor | None) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != logits.device:
+            raise RuntimeError(f"{name} must be on the device of logits, {logits.device}, got {value.device}")
+
+
+def logits_and_target(logits: Any, target: Any) -> bool:
+    """Types, dtypes and shapes. True if the target holds class probabilities, (N, V, d1, ...) as the logits."""
+    tensor(logits, "logits"), tensor(target, "target")
+    if logits.dtype not in FLOATS:
+        raise NotImplementedError(f"logits must be float32, bfloat16, float16 or float64, got {_name(logits.dtype)}")
+    if logits.dim() == 0:
+        raise IndexError("logits must have at least 1 dimension, (V), (N, V) or (N, V, d1, ...), got 0")
+    if target.shape == logits.shape and (target.is_floating_point() or target.dim() > 1):
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}"
+            )
+        return True
+    _index_target(logits, target)
+    return False
+
+
+def _index_target(logits: Tensor, target: Tensor) -> None:
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long, Int or Byte, but got {_name(target.dtype)}")
+    if logits.dim() == 1:
+        if target.dim() > 1 or target.numel() != 1:
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {tuple(target.shape)}")
+        return
+    expected = (logits.shape[0], *logits.shape[2:])
+    if target.dim() == 0 or (target.dim() == 1 and logits.dim() == 2 and target.shape[0] != expected[0]):
+        got = target.shape[0] if target.dim() else 0
+        raise ValueError(f"Expected input batch_size ({expected[0]}) to match target batch_size ({got}).")
+    if tuple(target.shape) != expected:
+        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
+
+
+def class_weight(weight: Any, size: int) -> None:
+    if weight is None:
+        return
+    if tensor(weight, "weight").dim() != 1 or weight.shape[0] != size:
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {size} classes or no classes "
+            f"but got weight tensor of shape: {list(weight.shape)}"
+        )
+    _floating(weight, "weight")
+
+
+def token_weight(weight: Any, shape: tuple[int, ...]) -> None:
+    if weight is None:
+        return
+    if tuple(tensor(weight, "token_weight").shape) != shape:
+        raise ValueError(f"token_weight must have one entry a token, {shape}, got shape {tuple(weight.shape)}")
+    _floating(weight, "token_weight")
+
+
+def normalizer(value: Any, reduction: str) -> None:
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer replaces what the mean divides by, so reduction must be 'mean', got {reduction!r}"
+        )
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    else:
+        number(value, "normalizer")
+
+
+def group_ids(ids: Any, shape: tuple[int, ...], sketch: Any) -> None:
+    if ids is None:
+        return
+    if sketch is None:
+        raise ValueError("group_ids choose a row of the sketch: pass sketch=LossSketch(groups=...) with them")
+    if tuple(tensor(ids, "group_ids").shape) != shape:
+        raise ValueError(f"group_ids must have one entry a token, {shape}, got shape {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"group_ids must be int64 or int32, got {_name(ids.dtype)}")
+
+
+def group_range(ids: Tensor | None, groups: int, *, wait: bool = False) -> None:
+    """IndexError for a group that does not exist, on a CPU or where the caller accepts to wait for the device."""
+    if ids is None or _values_hidden() or not (wait or ids.device.type == "cpu"):
+        return
+    first = ops.first_bad_group.default(ids, groups)
+    if first >= 0:
+        raise IndexError(f"group_ids must be in [0, {groups}), got {int(ids[first])} at flat position {first}")
+
+
+def target_range(target: Tensor, size: int, ignore_index: int, *, wait: bool = False) -> None:
+    """IndexError for a target out of range: free on a CPU, and only on request where it would wait for the device."""
+    if _values_hidden() or not (wait or target.device.type == "cpu"):
+        return
+    first = ops.first_bad_target.default(target, size, ignore_index)
+    if first >= 0:
+        raise IndexError(
+            f"Target {int(target[first])} is out of bounds: target must be in [0, {size}) or ignore_index={ignore_index}, "
+            f"at flat position {first}"
+        )
+
+
+def instance(value: Any, name: str, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
+
+
+def soft_target(soft: bool, ignore_index: int, inplace: bool) -> None:
+    if soft and ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    if soft and inplace:
+        raise ValueError("inplace=True is not supported for a target of class probabilities")
+
+
+def inplace(wanted: bool, logits: Tensor) -> None:
+    if not wanted:
+        return
+    if logits.dim() > 2 or not logits.is_contiguous():
+        raise ValueError(
+            "inplace=True needs contiguous logits of shape (V) or (N, V), "
+            f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
+    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace=True would overwrite logits, a leaf that requires grad: its value is needed by its owner"
+        )
+
+
+def quantiles(q: Any, device: torch.device) -> Tensor:
+    """q as a float64 tensor on the device. Python numbers are checked; a tensor on a device is not read, NaN comes out."""
+    if not isinstance(q, Tensor):
+        q = torch.as_tensor(q, dtype=torch.float64)
+        if not bool(((q >= 0) & (q <= 1)).all()):
+            raise ValueError(f"q must be in [0, 1], got {q.tolist()}")
+    elif not q.is_floating_point():
+        raise TypeError(f"q must be a floating point tensor, got {_name(q.dtype)}")
+    return q.to(device=device, dtype=torch.float64)
+
+
+def _values_hidden() -> bool:
+    """While compiling or under a torch.func transform no value can be read: the kernels' NaN for a bad target has to do."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _floating(value: Tensor, name: str) -> None:
+    if not value.is_floating_point():
+        raise RuntimeError(f"{name} must be a floating point tensor, got {_name(value.dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,138 @@
+"""Every operator of xentile: schemas, fakes, and which kernel serves which device.
+
+Operators only fill outputs that Python allocates (out-variants): the cheapest form of a dispatcher call, and torch.compile
+plans the memory. N rows, V columns, G groups, Q quantiles; acc = float32, or float64 for float64 logits. `logits` is (N, V) with
+stride 1 in the last dimension and any row stride; vectors are contiguous.
+
+The dispatcher is the registry: CPU is served by csrc/cpu when the library was built, CUDA by _triton, everything else (and a CPU
+without the library) by reference.py.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+import torch
+
+SCHEMAS = {
+    # One launch: loss, statistics, the sketch, and the gradient when dlogits is given (not with reduction none).
+    # loss: () for mean and sum, (N,) for none; denominator: () what the mean was divided by (1 otherwise).
+    "cross_entropy": (
+        "(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? group_ids, "
+        "Tensor(a!) loss, Tensor(b!) denominator, Tensor(c!) token_loss, Tensor(d!) lse, Tensor(e!) predicted, "
+        "Tensor(f!) correct, Tensor(g!)? entropy, Tensor(h!)? target_rank, Tensor(i!)? sketch, Tensor(j!)? dlogits, "
+        "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float logit_scale, "
+        "bool zero_if_empty) -> ()"
+    ),
+    # The gradient alone, from what the forward saved. dloss: () for mean and sum, (N,) for none.
+    "cross_entropy_backward": (
+        "(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor denominator, "
+        "Tensor token_loss, Tensor lse, Tensor(a!) dlogits, int ignore_index, int reduction, float label_smoothing, "
+        "float z_loss, float softcap, float logit_scale) -> ()"
+    ),
+    # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1.
+    "scale_": "(Tensor(a!) x, Tensor scale) -> ()",
+    # Adds values (N,) float32, where mask (N,) bool holds, to the sketch.
+    "sketch_update": "(Tensor values, Tensor? mask, Tensor? group_ids, Tensor(a!) sketch) -> ()",
+    # q (Q,) float64 in [0, 1] -> estimate and the bounds that enclose the exact answer, each (G, Q) float32.
+    "sketch_quantile": (
+        "(Tensor sketch, Tensor q, Tensor(a!) value, Tensor(b!) lower, Tensor(c!) upper, int interpolation) -> ()"
+    ),
+    # Index of the first target that is neither ignored nor in [0, V); -1 if there is none. Synchronises on a GPU.
+    "first_bad_target": "(Tensor target, int num_classes, int ignore_index) -> int",
+    "first_bad_group": "(Tensor group_ids, int num_groups) -> int",
+    "isa": "() -> str",
+}
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"xentile::{_name}", _schema)
+
+ops: Any = torch.ops.xentile
+
+
+@torch.library.register_fake("xentile::cross_entropy")
+def _(logits, target, weight, token_weight, normalizer, group_ids, loss, *rest):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2 and target.dim() == 1)
+    torch._check(target.shape[0] == logits.shape[0])
+
+
+@torch.library.register_fake("xentile::cross_entropy_backward")
+def _(dloss, logits, target, weight, token_weight, denominator, token_loss, lse, dlogits, *rest):  # type: ignore[no-untyped-def]
+    torch._check(dlogits.shape == logits.shape)
+
+
+@torch.library.register_fake("xentile::scale_")
+def _(x, scale):  # type: ignore[no-untyped-def]
+    torch._check(scale.dim() == 0)
+
+
+@torch.library.register_fake("xentile::sketch_update")
+def _(values, mask, group_ids, sketch):  # type: ignore[no-untyped-def]
+    torch._check(values.dim() == 1 and sketch.dim() == 2)
+
+
+@torch.library.register_fake("xentile::sketch_quantile")
+def _(sketch, q, value, lower, upper, interpolation):  # type: ignore[no-untyped-def]
+    torch._check(value.shape == (sketch.shape[0], q.shape[0]))
+
+
+@torch.library.register_fake("xentile::first_bad_target")
+def _(target, num_classes, ignore_index):  # type: ignore[no-untyped-def]
+    return -1  # values are not known while tracing; kernels give NaN for a bad target
+
+
+@torch.library.register_fake("xentile::first_bad_group")
+def _(group_ids, num_groups):  # type: ignore[no-untyped-def]
+    return -1
+
+
+def _load_native() -> str | None:
+    """Register csrc/cpu for CPU tensors. None if that worked, else the reason why it is not used."""
+    path = pathlib.Path(__file__).with_name("_C_cpu.so")
+    if not path.exists():
+        return "the package was installed without a C++ compiler or without torch headers: no _C_cpu.so"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        warnings.warn(f"xentile: {path.name} does not load, plain PyTorch is used on the CPU: {error}", stacklevel=2)
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def _register_reference() -> None:
+    """Plain PyTorch for every device that has no kernels of its own, in particular a CPU without the native library."""
+    from xentile.reference import kernels
+
+    native = {"isa"} if NATIVE_UNAVAILABLE is None else set()  # it has no tensor to dispatch on: one owner
+    for name in SCHEMAS.keys() - native:
+        torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", getattr(kernels, name))
+
+
+def _register_triton() -> None:
+    """CUDA and ROCm tensors. Triton is imported at the first call; float64 and the target check go to plain PyTorch."""
+
+    def dispatch(name: str, module: str) -> None:
+        def kernel(*args):  # type: ignore[no-untyped-def]
+            from xentile.reference import kernels
+
+            if (
+                any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args[:2])
+                and name != "sketch_quantile"
+            ):
+                return getattr(kernels, name)(*args)
+            import importlib
+
+            return getattr(importlib.import_module(f"xentile._triton.{module}"), name)(*args)
+
+        torch.library.impl(f"xentile::{name}", "CUDA", kernel)
+
+    for name in ("cross_entropy", "cross_entropy_backward", "scale_"):
+        dispatch(name, "cross_entropy")
+    for name in ("sketch_update", "sketch_quantile"):
+        dispatch(name, "sketch")
+
+
+NATIVE_UNAVAILABLE = _load_native()
+_register_reference()
+_register_triton()

@@ -1,0 +1,135 @@
+"""The reference as operator kernels: the same signatures as the schemas in xentile/_ops.py, filling outputs in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xentile import _layout as layout
+from xentile import reference
+from xentile.reference.sketch import add_columns
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    group_ids: Tensor | None,
+    loss: Tensor,
+    denominator: Tensor,
+    token_loss: Tensor,
+    lse: Tensor,
+    predicted: Tensor,
+    correct: Tensor,
+    entropy: Tensor | None,
+    target_rank: Tensor | None,
+    sketch: Tensor | None,
+    dlogits: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    zero_if_empty: bool,
+) -> None:
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    options |= {"softcap": softcap, "logit_scale": logit_scale}
+    terms = reference.cross_entropy(
+        logits,
+        target,
+        weight,
+        token_weight=token_weight,
+        normalizer=normalizer,
+        reduction=layout.REDUCTIONS[reduction],
+        zero_if_empty=zero_if_empty,
+        **options,
+    )
+    outputs = terms._replace(row_loss=loss)  # row_loss is an intermediate: not an output of the operator
+    filled = (loss, denominator, None, token_loss, lse, predicted, correct, entropy, target_rank)
+    for out, value in zip(filled, outputs, strict=True):
+        if out is not None:
+            out.copy_(value)
+    if sketch is not None:
+        count(sketch, terms, group_ids)
+    if dlogits is not None:
+        one = torch.ones_like(denominator)
+        saved = (terms.denominator, terms.token_loss, terms.lse)
+        gradient = reference.cross_entropy_gradient(one, logits, target, weight, token_weight, *saved, **options)
+        dlogits.copy_(gradient)
+
+
+def count(sketch: Tensor, terms: reference.Terms, group_ids: Tensor | None) -> None:
+    """Tokens with a target count by their loss; ignored and out-of-range ones each in a column of their own."""
+    live = terms.predicted >= 0
+    reference.sketch_update(terms.token_loss.float(), live, group_ids, sketch)
+    special = torch.where(terms.predicted == -1, layout.IGNORED, layout.OUT_OF_RANGE)
+    add_columns(sketch, special, ~live, group_ids)
+
+
+def cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor,
+    token_loss: Tensor,
+    lse: Tensor,
+    dlogits: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+) -> None:
+    gradient = reference.cross_entropy_gradient(
+        dloss,
+        logits,
+        target,
+        weight,
+        token_weight,
+        denominator,
+        token_loss,
+        lse,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    dlogits.copy_(gradient)
+
+
+def scale_(x: Tensor, scale: Tensor) -> None:
+    x.mul_(scale)
+
+
+def sketch_update(values: Tensor, mask: Tensor | None, group_ids: Tensor | None, sketch: Tensor) -> None:
+    reference.sketch_update(values, mask, group_ids, sketch)
+
+
+def sketch_quantile(sketch: Tensor, q: Tensor, value: Tensor, lower: Tensor, upper: Tensor, interpolation: int) -> None:
+    results = reference.sketch_quantile(sketch, q, layout.INTERPOLATIONS[interpolation])
+    for out, result in zip((value, lower, upper), results, strict=True):
+        out.copy_(result)
+
+
+def first_bad_target(target: Tensor, num_classes: int, ignore_index: int) -> int:
+    return _first((target != ignore_index) & ((target < 0) | (target >= num_classes)))
+
+
+def first_bad_group(group_ids: Tensor, num_groups: int) -> int:
+    return _first((group_ids < 0) | (group_ids >= num_groups))
+
+
+def _first(bad: Tensor) -> int:
+    where = bad.nonzero()
+    return int(where[0, 0]) if len(where) else -1
+
+
+def isa() -> str:
+    return "none"

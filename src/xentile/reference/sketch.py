@@ -1,0 +1,144 @@
+"""The loss sketch in plain PyTorch: counting values, and reading quantiles. The layout is described in xentile/_layout.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xentile import _layout as layout
+
+
+def column_of(values: Tensor) -> Tensor:
+    """The state column, int64, that counts each value of a float32 tensor."""
+    bits = values.view(torch.int32).long()
+    column = (bits >> layout.SHIFT) - layout.FIRST_KEY
+    column = torch.where(values < 2.0**layout.E_MIN, layout.ZERO, column)
+    column = torch.where(values >= 2.0**layout.E_MAX, layout.OVERFLOW, column)
+    column = torch.where(values == torch.inf, layout.INF, column)
+    return torch.where(values.isnan() | (values == -torch.inf), layout.NAN, column)
+
+
+def bin_edges(device: torch.device | str | None = None) -> Tensor:
+    """The BINS + 1 edges of the regular bins, float32, ascending: bin i is [edge[i], edge[i + 1])."""
+    keys = torch.arange(layout.BINS + 1, device=device) + layout.FIRST_KEY
+    return (keys << layout.SHIFT).int().view(torch.float32)
+
+
+def sketch_update(values: Tensor, mask: Tensor | None, group_ids: Tensor | None, sketch: Tensor) -> None:
+    """Add values (N,) float32, where mask (N,) holds, to rows group_ids (N,) of the state (G, WIDTH), in place."""
+    keep = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    add_columns(sketch, column_of(values), keep, group_ids)
+    group, known = _groups(group_ids, values, sketch.shape[0])
+    live = keep & known & ~values.isnan() & (values != -torch.inf)
+    _add_sums(sketch, values, live & values.isfinite(), group)
+    bits = values.view(torch.int32).long()
+    key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # signed, ordered as the values
+    for column, k in ((layout.MAX_KEY, key + 2**31 + 1), (layout.MIN_KEY, 2**31 - key)):
+        best = sketch[:, column].clone().scatter_reduce_(0, group, torch.where(live, k, 0), "amax")
+        sketch[:, column] = best
+
+
+def add_columns(sketch: Tensor, column: Tensor, keep: Tensor, group_ids: Tensor | None) -> None:
+    """Add 1 at (group, column) for each kept token, or to BAD_GROUP of group 0 where the group does not exist."""
+    group, known = _groups(group_ids, column, sketch.shape[0])
+    flat = torch.where(known, group * layout.WIDTH + column, layout.BAD_GROUP)
+    counts = torch.zeros(sketch.numel(), dtype=torch.int64, device=sketch.device)
+    sketch += counts.scatter_add_(0, flat, keep.long()).view_as(sketch)
+
+
+def _groups(group_ids: Tensor | None, like: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The row of each token, 0 where its group does not exist, and whether it exists."""
+    if group_ids is None:
+        return torch.zeros_like(like, dtype=torch.int64), torch.ones_like(like, dtype=torch.bool)
+    known = (group_ids >= 0) & (group_ids < groups)
+    return torch.where(known, group_ids.long(), 0), known
+
+
+def _add_sums(sketch: Tensor, values: Tensor, keep: Tensor, group: Tensor) -> None:
+    """Add the limbs of x and x^2: every product, floor and difference below is exact in float64."""
+    x = torch.where(keep, values, 0.0).double().clamp(-layout.LIMIT, layout.LIMIT)
+    sum_hi = torch.floor(x * 2.0**20)
+    sum_lo = torch.round((x * 2.0**20 - sum_hi) * 2.0**28)
+    square = x * x
+    sq_hi = torch.floor(square * 2.0**-8)
+    rest = (square - sq_hi * 2.0**8) * 2.0**20
+    sq_mid = torch.floor(rest)
+    sq_lo = torch.round((rest - sq_mid) * 2.0**28)
+    limbs = {
+        layout.SUM_HI: sum_hi,
+        layout.SUM_LO: sum_lo,
+        layout.SQ_HI: sq_hi,
+        layout.SQ_MID: sq_mid,
+        layout.SQ_LO: sq_lo,
+    }
+    for column, limb in limbs.items():
+        total = torch.zeros(sketch.shape[0], dtype=torch.int64, device=sketch.device)
+        sketch[:, column] += total.scatter_add_(0, group, limb.long())
+
+
+def extremes(sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact minimum and maximum of each row, float32 (G,); NaN where nothing was counted."""
+
+    def value(key: Tensor) -> Tensor:
+        bits = torch.where(key >= 0, key, key ^ 0x7FFFFFFF)
+        return bits.int().view(torch.float32)
+
+    some = sketch[:, layout.MAX_KEY] > 0
+    low = torch.where(some, value(2**31 - sketch[:, layout.MIN_KEY]), torch.nan)
+    high = torch.where(some, value(sketch[:, layout.MAX_KEY] - 2**31 - 1), torch.nan)
+    return low, high
+
+
+def sketch_quantile(sketch: Tensor, q: Tensor, interpolation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate, lower and upper bound (G, Q) float32 of the quantiles q (Q,) float64 of each group.
+
+    The order statistic of rank k in a bin [L, H) that holds c values, p of all values being below it, is estimated by
+    L + (H - L) * (k - p + 1/2) / c, or 0 below 2**-24; ranks 0 and n - 1 are the exact minimum and maximum, and no estimate
+    leaves [min, max]. The bounds are the lower edge of the lower rank's bin and the upper edge of the upper rank's.
+    """
+    counts, lower, upper = _buckets(sketch)
+    cumulative = counts.cumsum(1)
+    n = cumulative[:, -1:]
+    h = q[None, :] * (n - 1).clamp(min=0).double()
+    lo = torch.floor(h)
+    fraction = h - lo
+    if interpolation == "nearest":
+        lo, fraction = torch.round(h), torch.zeros_like(h)
+    hi = torch.where(fraction > 0, torch.minimum(lo + 1, (n - 1).double()), lo)
+    low, high = (e[:, None].double() for e in extremes(sketch))
+
+    def estimate(rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rank = rank.long()
+        index = torch.searchsorted(cumulative, rank.contiguous(), right=True).clamp(max=counts.shape[1] - 1)
+        c, left, right = (t.gather(1, index) for t in (counts.double(), lower, upper))
+        before = cumulative.gather(1, index) - counts.gather(1, index)
+        inside = left + (right - left) * ((rank - before).double() + 0.5) / c.clamp(min=1)
+        inside = torch.where(index == 0, 0.0, torch.where(right == torch.inf, torch.inf, inside))
+        value = torch.where(rank == 0, low, torch.where(rank == n - 1, high, inside))
+        return torch.clamp(value, low, high), torch.clamp(left, low, high), torch.clamp(right, low, high)
+
+    (at_lo, bound_lo, _), (at_hi, _, bound_hi) = estimate(lo), estimate(hi)
+    if interpolation in ("lower", "nearest"):
+        value = at_lo
+    elif interpolation == "higher":
+        value = at_hi
+    else:
+        step = torch.full_like(fraction, 0.5) if interpolation == "midpoint" else fraction
+        between = torch.where(at_hi == torch.inf, torch.inf, at_lo + step * (at_hi - at_lo))
+        value = torch.where((fraction == 0) | (at_lo == at_hi), at_lo, between)
+    empty = n == 0
+    return tuple(t.masked_fill(empty, torch.nan).float() for t in (value, bound_lo, bound_hi))  # type: ignore[return-value]
+
+
+def _buckets(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts and edges (G, BINS + 3) of the buckets in the order of their values: below 2**-24, bins, above 2**8, +inf."""
+    order = [layout.ZERO, *range(layout.BINS), layout.OVERFLOW, layout.INF]
+    counts = sketch[:, order]
+    edges = bin_edges(sketch.device).double()
+    high = extremes(sketch)[1].double()
+    groups = counts.shape[0]
+    infinity = torch.full((groups, 1), torch.inf, dtype=torch.float64, device=sketch.device)
+    top = high.clamp(max=torch.finfo(torch.float32).max)[:, None]
+    lower = torch.cat([-infinity, edges.expand(groups, -1), infinity], 1)
+    upper = torch.cat([edges.expand(groups, -1), torch.maximum(top, edges[-1:]), infinity], 1)
+    return counts, lower, upper

@@ -1,0 +1,63 @@
+"""Sketches and outputs as text for people."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from xentile.output import CrossEntropyOutput
+    from xentile.sketch import LossSketch
+
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
+
+
+def sketch_summary(sketch: LossSketch) -> str:
+    """A header, a line a group, and a remark for each kind of token that is not in the percentiles."""
+    q = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64)
+    one = sketch.groups == 1
+    quantiles = sketch.quantile(q)
+    columns = torch.cat([sketch.mean()[..., None], quantiles, sketch.max()[..., None]], -1).cpu()
+    counts = sketch.count().cpu()
+    if one:
+        columns, counts = columns[None], counts[None]
+    names = ["tokens", "mean", *(f"p{p}" for p in PERCENTILES), "max"]
+    labels = [] if one else ["group"]
+    lines = ["".join(f"{name:>10}" for name in labels + names)]
+    for group, (n, row) in enumerate(zip(counts.tolist(), columns.tolist(), strict=True)):
+        cells = ([] if one else [str(group)]) + [f"{n:,}"] + [_number(x) for x in row]
+        lines.append("".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines + _remarks(sketch))
+
+
+def output_summary(output: CrossEntropyOutput) -> str:
+    """The sketch of this call, then accuracy, and entropy and rank where they were asked for."""
+    lines = [sketch_summary(output.sketch())]
+    live = output.predicted >= 0
+    tokens, ignored, bad = int(live.sum()), int((output.predicted == -1).sum()), int(output.out_of_range)
+    facts = [f"top-1 accuracy {100 * int(output.correct.sum()) / tokens:.2f} %" if tokens else "top-1 accuracy n/a"]
+    if output.entropy is not None and tokens:
+        entropy, loss = output.entropy[live].double().mean(), output.token_loss[live].double().mean()
+        facts.append(f"entropy {_number(float(entropy))} (mean loss - entropy {_number(float(loss - entropy))})")
+    if output.target_rank is not None and tokens:
+        facts.append(f"median target rank {int(output.target_rank[live].median())}")
+    lines.append(", ".join(facts))
+    lines += [f"{n:,} tokens {what}" for n, what in ((ignored, "ignored"), (bad, "with a target out of range")) if n]
+    return "\n".join(lines)
+
+
+def _remarks(sketch: LossSketch) -> list[str]:
+    kinds = (
+        (sketch.ignored_count(), "ignored"),
+        (sketch.nan_count(), "with a NaN loss"),
+        (sketch.inf_count(), "with an infinite loss (in the percentiles)"),
+        (sketch.out_of_range_count(), "with a target or a group out of range"),
+    )
+    return [f"{int(n.sum()):,} tokens {what}" for n, what in kinds if int(n.sum())]
+
+
+def _number(x: float) -> str:
+    """Four significant digits; losses of a strong model span six decades."""
+    return f"{x:.3e}" if x and math.isfinite(x) and abs(x) < 1e-3 else f"{x:.4g}"
