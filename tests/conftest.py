@@ -1,0 +1,24 @@
+"""Every test: a fixed seed, uninitialised memory filled with NaN, and the device it is asked to run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned() -> Iterator[None]:
+    """An output that a kernel forgets to write is NaN (or the largest integer), never a lucky zero."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(request.param)
