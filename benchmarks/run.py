@@ -1,0 +1,114 @@
+"""Runs benchmark cases: `python -m benchmarks.run --cases issue2`.
+
+For each case: the correctness gate against float64; interleaved times of all providers beside the roofs of this
+device; peak memory. Rows are appended to benchmarks/results/<device>.jsonl, and printed. Providers that are missing
+are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import results, targets
+from benchmarks.cases import quick, select
+from benchmarks.measure import QUICK, Plan, Row, measure, release
+from benchmarks.provenance import provenance, slug
+from benchmarks.providers import named
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Runs benchmark cases.")
+    parser.add_argument(
+        "--cases", default="issue2", metavar="TAG", help="issue2 (default), headline, cpu, ci, gpu, all"
+    )
+    parser.add_argument("--filter", default="*", metavar="PATTERN", help="cases whose name contains or matches this")
+    parser.add_argument("--providers", default="", metavar="A,B", help="only these providers (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on CPU")
+    parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of timing a case (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few tokens, few rounds, nothing stored")
+    parser.add_argument("--output", type=Path, help="rows go here (default: results/<device>.jsonl)")
+    parser.add_argument("--base", metavar="REF", help="instead, time this checkout against another commit")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    return parser
+
+
+def line(row: Row) -> str:
+    """One provider's result, or why there is none."""
+    if row["status"] != "measured":
+        return f"  {row['provider']:<27} {row['status']}: {row['reason']}"
+    seconds, over = row["seconds"], row["speedup_over"]
+    best = min((peer for peer in over if peer != row["provider"]), key=lambda p: float(over[p]["median"]), default=None)
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / row['logits_bytes']:.2f}"
+    eager = f"{over['torch.eager']['median']:.2f}" if "torch.eager" in over else "-"
+    error = row["errors"]["gradient" if row["operation"] == "training" else "loss"]
+    return (
+        f"  {row['provider']:<27}"
+        f" {1e3 * seconds['median']:9.2f} [{1e3 * seconds['p20']:.2f}, {1e3 * seconds['p80']:.2f}] ms"
+        f"  {row['bytes_per_second'] / 1e9:7.2f} GB/s  {100 * row['of_roof']['median']:5.1f} %"
+        f"  x{eager:>6}  x{over[best]['median'] if best else 1.0:>6.2f}  {peak:>5}  {error:.1e}"
+    )
+
+
+def header(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if row["status"] == "measured"]
+    shown = ""
+    if measured:
+        shown = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in measured[0]["roofs"].items())
+        shown = f"  ({measured[0]['seconds']['rounds']} rounds; roofs in GB/s: {shown})"
+    columns = "median [p20, p80], bytes, of roof, over eager, over best other, peak in (N, V) tensors, error"
+    return f"{rows[0]['case']}{shown}\n  {columns}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    try:
+        cases, providers = select(options.cases, options.filter), named([p for p in options.providers.split(",") if p])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if options.base:
+        from benchmarks.compare import compare  # builds another commit: only when asked
+
+        return compare(options.base, cases, options.quick, options.threads)
+    if not cases:
+        print(f"no case with tag {options.cases} matches {options.filter}", file=sys.stderr)
+        return 2
+    record = provenance(options.device)
+    output = options.output or (None if options.quick else results.RESULTS / f"{slug(record['device'])}.jsonl")
+    print(*(f"{key}: {value}" for key, value in record.items()), sep="; ", flush=True)
+    start = time.monotonic()
+    plan = QUICK if options.quick else Plan(seconds=options.seconds)
+    rows: list[Row] = []
+    for case in cases:
+        case = quick(case) if options.quick else case
+        found = [record | row for row in measure(case, providers, options.device, plan)]
+        release()
+        print(header(found), *map(line, found), sep="\n", flush=True)
+        if output is not None:
+            results.append(output, found)
+        rows += found
+    if options.cases == "issue2" and not options.quick:
+        print("\n" + targets.report(rows))
+    print(
+        f"\n{len(cases)} cases in {time.monotonic() - start:.0f} s;",
+        f"rows in {output}" if output else "nothing stored",
+    )
+    refused = [row for row in rows if row["status"] == "refused" and row["ours"]]
+    for row in refused:
+        print(f"{row['case']}: {row['provider']} was refused: {row['reason']}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""The speed that issue 2 asks for, as data, held against rows. A target without a row is "not measured", never met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.measure import Row
+
+
+@dataclass(frozen=True)
+class Target:
+    text: str
+    case: str
+    provider: str
+    value: Callable[[Row], float | None]
+    goal: float
+    unit: str
+    at_most: bool = False
+
+    def met(self, value: float | None) -> bool:
+        return value is not None and (value <= self.goal if self.at_most else value >= self.goal)
+
+
+def _speedup(peer: str) -> Callable[[Row], float | None]:
+    return lambda row: row["speedup_over"].get(peer, {}).get("median")
+
+
+def _of_roof(row: Row) -> float | None:
+    return 100 * float(row["of_roof"]["median"])
+
+
+def _peak(row: Row) -> float | None:
+    return None if row["peak_bytes"] is None else row["peak_bytes"] / row["logits_bytes"]
+
+
+def _percentiles(row: Row) -> float | None:
+    return 100 * (row["cost_over_xentile"]["median"] - 1) if "cost_over_xentile" in row else None
+
+
+def _headline(dtype: str, eager: float, compiled: float, copy: float) -> list[Target]:
+    case = f"llama3-8b/1024/{dtype}/training"
+    what = f"{dtype}, forward + backward, 1024 x 128256"
+    return [
+        Target(f"{what}: against F.cross_entropy", case, "xentile", _speedup("torch.eager"), eager, "x"),
+        Target(f"{what}: against torch.compile", case, "xentile", _speedup("torch.compile"), compiled, "x"),
+        Target(f"{what}: of copy_", case, "xentile", _of_roof, copy, "%"),
+        Target(f"{what}, inplace=True: of copy_", case, "xentile+inplace", _of_roof, copy, "%"),
+        Target(f"{what}, memory kept mapped: of copy_", case + "+retained", "xentile", _of_roof, copy, "%"),
+    ]
+
+
+def _small(model: str, tokens: int, vocab: int) -> list[Target]:
+    return [
+        Target(
+            f"{dtype}, {operation}, {tokens} x {vocab}: against F.cross_entropy",
+            f"{model}/{tokens}/{dtype}/{operation}",
+            "xentile",
+            _speedup("torch.eager"),
+            4.0,
+            "x",
+        )
+        for dtype in ("float32", "bfloat16")
+        for operation in ("training", "forward")
+    ]
+
+
+_FP32 = "llama3-8b/1024/float32"
+TARGETS: tuple[Target, ...] = (
+    *_headline("float32", 9.0, 4.5, 65.0),
+    *_headline("bfloat16", 15.0, 6.0, 40.0),
+    Target("float32, forward, 1024 x 128256: of read bandwidth", f"{_FP32}/forward", "xentile", _of_roof, 70.0, "%"),
+    *_small("llama2-7b", 2048, 32000),
+    *_small("resnet50", 32768, 1000),
+    *(
+        Target(
+            f"{dtype}, {op}: percentiles on against off",
+            f"llama3-8b/1024/{dtype}/{op}",
+            "xentile+sketch",
+            _percentiles,
+            1.0,
+            "%",
+            at_most=True,
+        )
+        for dtype in ("float32", "bfloat16")
+        for op in ("training", "forward")
+    ),
+    Target("peak memory of a training step, in (N, V) tensors", f"{_FP32}/training", "xentile", _peak, 1.02, "", True),
+    Target("the same with inplace=True", f"{_FP32}/training", "xentile+inplace", _peak, 0.02, "", True),
+)
+
+
+def report(rows: Sequence[Row]) -> str:
+    """One line a target: what was asked, what was measured, whether it is met."""
+    measured = {(row["case"], row["provider"]): row for row in rows if row["status"] == "measured"}
+    width = max(len(t.text) for t in TARGETS)
+    lines = []
+    for target in TARGETS:
+        row = measured.get((target.case, target.provider))
+        value = None if row is None else target.value(row)
+        shown = "not measured" if value is None else f"{value:.2f}{target.unit}"
+        goal = f"{'<=' if target.at_most else '>='} {target.goal:g}{target.unit}"
+        verdict = "met" if target.met(value) else "MISSED" if value is not None else "-"
+        lines.append(f"{target.text:<{width}}  {shown:>12}  {goal:>9}  {verdict}")
+    return "\n".join(lines)
