@@ -57,4 +57,6 @@ def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor, *, what: 
 
 def eager_loss(target: Tensor, **options: Any) -> Any:
     """F.cross_entropy with fixed target and options, as a function of the logits."""
-    return lambda x: F.cross_entropy(x, target, **{k: v.to(x.dtype) if k == "weight" else v for k, v in options.items()})
+    return lambda x: F.cross_entropy(
+        x, target, **{k: v.to(x.dtype) if k == "weight" else v for k, v in options.items()}
+    )

@@ -63,21 +63,21 @@ def _transformed() -> bool:
 
 def _forward(
     inputs: Inputs, options: Options, entropy: bool, target_rank: bool, dlogits: Tensor | None
-) -> tuple[Results, Tensor]:
-    """Allocate the outputs and launch: (results, denominator)."""
+) -> tuple[Results, tuple[Tensor, ...]]:
+    """Allocate the outputs and launch: (results, what the backward needs of them)."""
     logits = inputs.logits
     rows = logits.shape[0]
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = logits.new_empty((rows,) if options.reduction == 0 else (), dtype=acc)
     denominator = logits.new_empty((), dtype=acc)
-    token_loss, lse = logits.new_empty(rows, dtype=acc), logits.new_empty(rows, dtype=acc)
+    token_loss, lse, row_max, sum_exp = (logits.new_empty(rows, dtype=acc) for _ in range(4))
     predicted = logits.new_empty(rows, dtype=torch.int64)
     correct = logits.new_empty(rows, dtype=torch.bool)
     entropies = logits.new_empty(rows, dtype=acc) if entropy else None
     ranks = logits.new_empty(rows, dtype=torch.int64) if target_rank else None
-    outputs = (loss, denominator, token_loss, lse, predicted, correct, entropies, ranks)
+    outputs = (loss, denominator, token_loss, lse, row_max, sum_exp, predicted, correct, entropies, ranks)
     ops.cross_entropy.default(*inputs[:6], *outputs, inputs.state, dlogits, *options)
-    return (loss, token_loss, lse, predicted, correct, entropies, ranks), denominator
+    return (loss, token_loss, lse, predicted, correct, entropies, ranks), (denominator, token_loss, row_max, sum_exp)
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -95,23 +95,15 @@ class CrossEntropyFunction(torch.autograd.Function):
         dlogits = None
         if fused and options.reduction != 0:
             dlogits = logits.detach() if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        results, denominator = _forward(inputs, options, entropy, target_rank, dlogits)
+        results, rows = _forward(inputs, options, entropy, target_rank, dlogits)
         if inplace and dlogits is not None:
             torch.autograd.graph.increment_version(logits)
         ctx.dlogits, ctx.inplace, ctx.options = dlogits, inplace, options
         # in place, the logits are gone after a fused forward: saving them would only provoke autograd's version check
         ctx.overwritten = inplace and dlogits is not None
         saved = None if ctx.overwritten else logits
-        ctx.save_for_backward(
-            saved,
-            inputs.target,
-            inputs.weight,
-            inputs.token_weight,
-            inputs.normalizer,
-            denominator,
-            results[1],
-            results[2],
-        )
+        weights = (inputs.weight, inputs.token_weight, inputs.normalizer)
+        ctx.save_for_backward(saved, inputs.target, *weights, *rows)
         ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
         ctx.set_materialize_grads(False)
         return results
@@ -131,15 +123,14 @@ class CrossEntropyFunction(torch.autograd.Function):
             raise RuntimeError(
                 "inplace=True: the first backward handed out the gradient, and the logits are overwritten"
             )
-        logits, target, weight, token_weight, _normalizer, denominator, token_loss, lse = ctx.saved_tensors
+        logits, target, weight, token_weight, _normalizer, *rows = ctx.saved_tensors
         options = ctx.options
         if ctx.inplace:
             dlogits = logits.detach()
         else:
             dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dloss = dloss.contiguous()
-        saved = (weight, token_weight, denominator, token_loss, lse)
-        ops.cross_entropy_backward.default(dloss, logits, target, *saved, dlogits, *options[:6])
+        ops.cross_entropy_backward.default(dloss, logits, target, weight, token_weight, *rows, dlogits, *options[:6])
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
             ctx.overwritten = True

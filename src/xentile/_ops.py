@@ -10,8 +10,10 @@ without the library) by reference.py.
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,17 +21,19 @@ import torch
 SCHEMAS = {
     # One launch: loss, statistics, the sketch, and the gradient when dlogits is given (not with reduction none).
     # loss: () for mean and sum, (N,) for none; denominator: () what the mean was divided by (1 otherwise).
+    # row_max, sum_exp: m and S of each row, from which the gradient's p = exp(z - m) / S loses no digits (exp(z - lse) would).
     "cross_entropy": (
         "(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? group_ids, "
-        "Tensor(a!) loss, Tensor(b!) denominator, Tensor(c!) token_loss, Tensor(d!) lse, Tensor(e!) predicted, "
-        "Tensor(f!) correct, Tensor(g!)? entropy, Tensor(h!)? target_rank, Tensor(i!)? sketch, Tensor(j!)? dlogits, "
+        "Tensor(a!) loss, Tensor(b!) denominator, Tensor(c!) token_loss, Tensor(d!) lse, Tensor(e!) row_max, "
+        "Tensor(f!) sum_exp, Tensor(g!) predicted, Tensor(h!) correct, Tensor(i!)? entropy, Tensor(j!)? target_rank, "
+        "Tensor(k!)? sketch, Tensor(l!)? dlogits, "
         "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float logit_scale, "
         "bool zero_if_empty) -> ()"
     ),
     # The gradient alone, from what the forward saved. dloss: () for mean and sum, (N,) for none.
     "cross_entropy_backward": (
         "(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor denominator, "
-        "Tensor token_loss, Tensor lse, Tensor(a!) dlogits, int ignore_index, int reduction, float label_smoothing, "
+        "Tensor token_loss, Tensor row_max, Tensor sum_exp, Tensor(a!) dlogits, int ignore_index, int reduction, float label_smoothing, "
         "float z_loss, float softcap, float logit_scale) -> ()"
     ),
     # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1.
@@ -58,7 +62,7 @@ def _(logits, target, weight, token_weight, normalizer, group_ids, loss, *rest):
 
 
 @torch.library.register_fake("xentile::cross_entropy_backward")
-def _(dloss, logits, target, weight, token_weight, denominator, token_loss, lse, dlogits, *rest):  # type: ignore[no-untyped-def]
+def _(dloss, logits, target, weight, token_weight, denominator, token_loss, row_max, sum_exp, dlogits, *rest):  # type: ignore[no-untyped-def]
     torch._check(dlogits.shape == logits.shape)
 
 
@@ -109,28 +113,35 @@ def _register_reference() -> None:
         torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", getattr(kernels, name))
 
 
+TRITON = {
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_backward": "cross_entropy",
+    "scale_": "cross_entropy",
+    "sketch_update": "sketch",
+    "sketch_quantile": "sketch",
+}
+"""Operators with Triton kernels, and their modules in xentile/_triton."""
+
+
+def _triton_kernel(name: str) -> Callable[..., None]:
+    """The launcher, imported with Triton at the first call. Logits in float64 go to plain PyTorch: no GPU trains in it."""
+
+    def kernel(*args: Any) -> None:
+        if name != "sketch_quantile" and any(
+            isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args[:2]
+        ):
+            module = importlib.import_module("xentile.reference.kernels")
+        else:
+            module = importlib.import_module(f"xentile._triton.{TRITON[name]}")
+        getattr(module, name)(*args)
+
+    return kernel
+
+
 def _register_triton() -> None:
-    """CUDA and ROCm tensors. Triton is imported at the first call; float64 and the target check go to plain PyTorch."""
-
-    def dispatch(name: str, module: str) -> None:
-        def kernel(*args):  # type: ignore[no-untyped-def]
-            from xentile.reference import kernels
-
-            if (
-                any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args[:2])
-                and name != "sketch_quantile"
-            ):
-                return getattr(kernels, name)(*args)
-            import importlib
-
-            return getattr(importlib.import_module(f"xentile._triton.{module}"), name)(*args)
-
-        torch.library.impl(f"xentile::{name}", "CUDA", kernel)
-
-    for name in ("cross_entropy", "cross_entropy_backward", "scale_"):
-        dispatch(name, "cross_entropy")
-    for name in ("sketch_update", "sketch_quantile"):
-        dispatch(name, "sketch")
+    """CUDA and ROCm tensors."""
+    for name in TRITON:
+        torch.library.impl(f"xentile::{name}", "CUDA", _triton_kernel(name))
 
 
 NATIVE_UNAVAILABLE = _load_native()

@@ -44,7 +44,7 @@ def output_summary(output: CrossEntropyOutput) -> str:
     if output.target_rank is not None and tokens:
         facts.append(f"median target rank {int(output.target_rank[live].median())}")
     lines.append(", ".join(facts))
-    lines += [f"{n:,} tokens {what}" for n, what in ((ignored, "ignored"), (bad, "with a target out of range")) if n]
+    lines += [_tokens(n, what) for n, what in ((ignored, "ignored"), (bad, "with a target out of range")) if n]
     return "\n".join(lines)
 
 
@@ -55,7 +55,11 @@ def _remarks(sketch: LossSketch) -> list[str]:
         (sketch.inf_count(), "with an infinite loss (in the percentiles)"),
         (sketch.out_of_range_count(), "with a target or a group out of range"),
     )
-    return [f"{int(n.sum()):,} tokens {what}" for n, what in kinds if int(n.sum())]
+    return [_tokens(int(n.sum()), what) for n, what in kinds if int(n.sum())]
+
+
+def _tokens(n: int, what: str) -> str:
+    return f"{n:,} token{'' if n == 1 else 's'} {what}"
 
 
 def _number(x: float) -> str:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 
 class Terms(NamedTuple):
-    """What a row (N of them) contributes; all but `loss` and `row_loss` are detached."""
+    """The outputs of the operator, in its order; all but `loss` are detached."""
 
     loss: Tensor  # () for mean and sum, (N,) for none
     denominator: Tensor  # () what the mean was divided by; 1 for none and sum
-    row_loss: Tensor  # (N,) the training loss of a row, before the reduction
     token_loss: Tensor  # (N,) plain cross-entropy in nats; 0 where ignored, NaN where the target is out of range
-    lse: Tensor  # (N,) logsumexp of the transformed logits
+    lse: Tensor  # (N,) logsumexp of the transformed logits z
+    row_max: Tensor  # (N,) m = max z
+    sum_exp: Tensor  # (N,) S = sum exp(z - m)
     predicted: Tensor  # (N,) int64; -1 where ignored, -2 where the target is out of range
     correct: Tensor  # (N,) bool
     entropy: Tensor  # (N,) of the model's distribution, in nats
@@ -98,9 +99,10 @@ def cross_entropy(
         return Terms(
             loss=loss,
             denominator=denominator.detach(),
-            row_loss=row,
             token_loss=torch.where(valid, token_loss.detach(), 0.0).masked_fill(bad, torch.nan),
             lse=torch.where(valid, lse.detach(), 0.0),
+            row_max=torch.where(valid, m, 0.0),
+            sum_exp=torch.where(valid, (r + torch.exp(z_t - shift)).detach(), 0.0),
             predicted=predicted.masked_fill(~valid, -1).masked_fill(bad, -2),
             correct=live & (predicted == t),
             entropy=torch.where(valid, entropy, 0.0),
@@ -116,7 +118,8 @@ def cross_entropy_gradient(
     token_weight: Tensor | None,
     denominator: Tensor,
     token_loss: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    sum_exp: Tensor,
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -126,7 +129,7 @@ def cross_entropy_gradient(
 ) -> Tensor:
     """The gradient in closed form, (N, V) in the dtype of logits: two numbers a row, and one at the target.
 
-    dx_j = (A p_j - C w_j) J_j,  p_j = exp(z_j - lse),  J_j = dz_j/dx_j,  and at the target, from 1 - p_t = -expm1(-CE),
+    dx_j = (A p_j - C w_j) J_j,  p_j = exp(z_j - m) / S,  J_j = dz_j/dx_j,  and at the target, from 1 - p_t = -expm1(-CE),
     dx_t = g [-(1 - eps) w_t (1 - p_t) + (eps / V) (W p_t - w_t) + 2 lambda lse p_t] J_t.
     """
     _, live, t, x = _rows(logits, target, ignore_index)
@@ -139,8 +142,9 @@ def cross_entropy_gradient(
     if token_weight is not None:
         g = g * token_weight
     smooth = label_smoothing / size
+    lse = row_max + sum_exp.log()
     a = g * ((1 - label_smoothing) * w_t + smooth * total + 2 * z_loss * lse)
-    dx = (a[:, None] * torch.exp(z - lse[:, None]) - (g * smooth)[:, None] * w) * jacobian
+    dx = ((a / sum_exp)[:, None] * torch.exp(z - row_max[:, None]) - (g * smooth)[:, None] * w) * jacobian
     p_t = torch.exp(-token_loss)
     at_target = (1 - label_smoothing) * w_t * torch.expm1(-token_loss)
     at_target = at_target + smooth * (total * p_t - w_t) + 2 * z_loss * lse * p_t
@@ -194,9 +198,10 @@ def soft_cross_entropy(
         return Terms(
             loss=loss,
             denominator=denominator.detach(),
-            row_loss=row,
             token_loss=expected(q).sum(1).detach(),
             lse=lse.detach(),
+            row_max=m[:, 0],
+            sum_exp=torch.exp(log_s.detach())[:, 0],
             predicted=predicted,
             correct=predicted == best,
             entropy=expected(torch.exp(-cost)).sum(1).detach(),

@@ -21,6 +21,8 @@ def cross_entropy(
     denominator: Tensor,
     token_loss: Tensor,
     lse: Tensor,
+    row_max: Tensor,
+    sum_exp: Tensor,
     predicted: Tensor,
     correct: Tensor,
     entropy: Tensor | None,
@@ -47,16 +49,15 @@ def cross_entropy(
         zero_if_empty=zero_if_empty,
         **options,
     )
-    outputs = terms._replace(row_loss=loss)  # row_loss is an intermediate: not an output of the operator
-    filled = (loss, denominator, None, token_loss, lse, predicted, correct, entropy, target_rank)
-    for out, value in zip(filled, outputs, strict=True):
+    filled = (loss, denominator, token_loss, lse, row_max, sum_exp, predicted, correct, entropy, target_rank)
+    for out, value in zip(filled, terms, strict=True):
         if out is not None:
             out.copy_(value)
     if sketch is not None:
         count(sketch, terms, group_ids)
     if dlogits is not None:
         one = torch.ones_like(denominator)
-        saved = (terms.denominator, terms.token_loss, terms.lse)
+        saved = (terms.denominator, terms.token_loss, terms.row_max, terms.sum_exp)
         gradient = reference.cross_entropy_gradient(one, logits, target, weight, token_weight, *saved, **options)
         dlogits.copy_(gradient)
 
@@ -77,7 +78,8 @@ def cross_entropy_backward(
     token_weight: Tensor | None,
     denominator: Tensor,
     token_loss: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    sum_exp: Tensor,
     dlogits: Tensor,
     ignore_index: int,
     reduction: int,
@@ -94,7 +96,8 @@ def cross_entropy_backward(
         token_weight,
         denominator,
         token_loss,
-        lse,
+        row_max,
+        sum_exp,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
