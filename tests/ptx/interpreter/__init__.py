@@ -3,8 +3,8 @@
     kernel = Kernel(ptx_text)                          # parse; whatever the instruction table does not list is rejected
     counts = kernel.launch((rows,), [x, y, 128])       # numpy arrays are passed as pointers
 
-One numpy lane a thread. The instruction at the lowest program counter runs first; barriers and warp-wide instructions wait for
-every live thread. Memory is checked for bounds, alignment and (shared memory) races between barriers.
+One numpy lane a thread. The instruction at the lowest program counter runs first; barriers and warp-wide instructions
+wait for every live thread. Memory is checked for bounds, alignment and (shared memory) races between barriers.
 
 | module | what it holds |
 |---|---|
@@ -17,9 +17,9 @@ every live thread. Memory is checked for bounds, alignment and (shared memory) r
 | `arithmetic`, `data`, `access`, `warp` | what the instructions do |
 | `kernel` | `Kernel.launch` |
 
-Not modelled: time, caches, weak memory order, tensor cores, TMA, generic addresses, two-dimensional blocks, calls, partial warps.
-Approximate functions (`ex2.approx` ...) return the exact value plus a deterministic pseudo-random error as large as the hardware's
-may be, so a tolerance that holds here does not live from a luckily exact exponential.
+Not modelled: time, caches, weak memory order, tensor cores, TMA, generic addresses, two-dimensional blocks, calls,
+partial warps. Approximate functions (`ex2.approx` ...) return the exact value plus a deterministic pseudo-random error
+as large as the hardware's may be, so a tolerance that holds here does not live from a luckily exact exponential.
 """
 
 from .kernel import Kernel, Offset, Scattered

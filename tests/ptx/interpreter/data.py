@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,12 @@ from .syntax import Group, Instruction, UnsupportedPTX
 from .threads import Executor, Threads
 
 COMPARE: dict[str, Callable[[Array, Array], Mask]] = {
-    **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
-    **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},  # unsigned spellings
+    **dict.fromkeys(("eq",), np.equal),
+    **dict.fromkeys(("ne",), np.not_equal),
+    **dict.fromkeys(("lt", "lo"), np.less),  # lo, ls, hi, hs: the unsigned spellings
+    **dict.fromkeys(("le", "ls"), np.less_equal),
+    **dict.fromkeys(("gt", "hi"), np.greater),
+    **dict.fromkeys(("ge", "hs"), np.greater_equal),
 }
 UNORDERED = {f"{relation}u": relation for relation in ("eq", "ne", "lt", "le", "gt", "ge")}  # true when one side is NaN
 ROUNDING: dict[str, Callable[[Array], Array]] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
@@ -94,12 +99,13 @@ def _narrow(value: Array, to: str) -> Array:
     return f32_to_bf16(value) if to == "bf16" else value.astype(np.float16).view(np.uint16)
 
 
-def _saturate(value: Array, dtype: np.dtype) -> Array:
+def _saturate(value: Array, dtype: np.dtype[Any]) -> Array:
     """A whole float as an integer: clamped to the range, NaN gives 0."""
     limits = np.iinfo(dtype)
     exact = np.where(np.isnan(value), 0, value).astype(np.float64)
     inside = np.where((exact > limits.min) & (exact < limits.max), exact, 0).astype(dtype)
-    return np.where(exact >= limits.max, dtype.type(limits.max), np.where(exact <= limits.min, dtype.type(limits.min), inside))
+    below = np.where(exact <= limits.min, dtype.type(limits.min), inside)
+    return np.where(exact >= limits.max, dtype.type(limits.max), below)
 
 
 def move(threads: Threads, instruction: Instruction, mask: Mask) -> None:

@@ -52,10 +52,10 @@ class Kernel:
     ) -> Counts:
         """Run all blocks.
 
-        arguments: C-contiguous numpy arrays (or Offset, Scattered) for pointers, numbers for scalars. The same array twice is
-        the same memory. Missing trailing arguments (Triton's hidden scratch pointers) are null.
-        shared: bytes of dynamic shared memory. block_order: the order in which blocks are taken, for a kernel that must not
-        depend on it.
+        arguments: C-contiguous numpy arrays (or Offset, Scattered) for pointers, numbers for scalars. The same array
+        twice is the same memory. Missing trailing arguments (Triton's hidden scratch pointers) are null.
+        shared: bytes of dynamic shared memory. block_order: the order in which blocks are taken, for a kernel that
+        must not depend on it.
         """
         block = block or self.program.block
         if not block or block % WARP:
@@ -63,9 +63,7 @@ class Kernel:
         width, height, depth = (*grid, 1, 1)[:3]
         counts = Counts()
         parameters, memory = self._bind([*arguments, *[None] * (len(self.program.parameters) - len(arguments))], counts)
-        launch = Launch(
-            self.program, (width, height, depth), block, shared, parameters, memory, counts, step_limit
-        )
+        launch = Launch(self.program, (width, height, depth), block, shared, parameters, memory, counts, step_limit)
         order = np.arange(width * height * depth) if block_order is None else np.asarray(block_order)
         at_once = max(1, THREADS_AT_ONCE // block)
         with np.errstate(all="ignore"):

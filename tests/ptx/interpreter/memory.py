@@ -1,13 +1,15 @@
 """Global and shared memory: every access is checked for bounds and alignment, global ones are counted.
 
-Global arrays live at made-up addresses, terabytes apart and 256-byte aligned as a GPU allocator gives them, so an index that
-runs away meets no other array by chance. Shared memory starts as 0xFF bytes (NaN, -1), so missing initialisation shows.
+Global arrays live at made-up addresses, terabytes apart and 256-byte aligned as a GPU allocator gives them, so an index
+that runs away meets no other array by chance. Shared memory starts as 0xFF bytes (NaN, -1), so missing initialisation
+shows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,7 @@ WARP = 32  # threads
 
 @dataclass
 class Counts:
-    """What a launch did. Keys of the dictionaries: the position of the argument. A request is one warp executing one access."""
+    """What a launch did, by position of the argument. A request is one warp executing one access."""
 
     loaded: Counter[int] = field(default_factory=Counter)
     stored: Counter[int] = field(default_factory=Counter)
@@ -38,12 +40,21 @@ class Counts:
 
 @dataclass
 class Segment:
-    """One array at its address. `cells` is a copy, padded so that the widest access has a whole view of it."""
+    """One array at its address. `cells` is a copy, padded so that every aligned access is an element of a view."""
 
     start: int
     size: int
     argument: int
     cells: Array
+
+    @property
+    def lead(self) -> int:
+        """Bytes of padding in front of the array."""
+        return self.start % ALIGNMENT
+
+    def view(self, address: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """The memory as elements of `dtype`, and which of them these addresses mean."""
+        return self.cells.view(dtype), (address - (self.start - self.lead)) // dtype.itemsize
 
 
 class GlobalMemory:
@@ -53,15 +64,16 @@ class GlobalMemory:
         self.arrays = sorted(arrays, key=lambda entry: entry[1])
         self.segments = []
         for argument, start, data in self.arrays:
-            cells = np.zeros(-(-len(data) // ALIGNMENT) * ALIGNMENT, np.uint8)
-            cells[: len(data)] = data
+            lead = start % ALIGNMENT
+            cells = np.zeros(-(-(lead + len(data)) // ALIGNMENT) * ALIGNMENT, np.uint8)
+            cells[lead : lead + len(data)] = data
             self.segments.append(Segment(start, len(data), argument, cells))
         self.starts = np.array([segment.start for segment in self.segments], np.int64)
 
     def write_back(self) -> None:
         """Copy what the kernel stored into the caller's arrays."""
         for (_, _, data), segment in zip(self.arrays, self.segments, strict=True):
-            data[:] = segment.cells[: segment.size]
+            data[:] = segment.cells[segment.lead : segment.lead + segment.size]
 
     def locate(self, address: Array, size: int) -> list[tuple[Segment, Mask]]:
         """The segments that accesses of `size` bytes fall in, each with the accesses that do. Raises MemoryFault."""
@@ -83,7 +95,8 @@ class GlobalMemory:
         """`size` bytes for each address: uint8 of shape (addresses, size)."""
         loaded = np.empty(len(address), f"V{size}")
         for segment, members in self.locate(address, size):
-            loaded[members] = segment.cells.view(f"V{size}")[(address[members] - segment.start) // size]
+            cells, index = segment.view(address[members], np.dtype(f"V{size}"))
+            loaded[members] = cells[index]
             self.counts.loaded[segment.argument] += size * int(members.sum())
             requests, sectors = _traffic(address[members], size, thread[members])
             self.counts.load_requests[segment.argument] += requests
@@ -93,24 +106,24 @@ class GlobalMemory:
     def store(self, address: Array, values: Array, thread: Array) -> None:
         """values: uint8 of shape (addresses, size)."""
         size = values.shape[1]
-        cells = np.ascontiguousarray(values).view(f"V{size}").reshape(-1)
+        new = np.ascontiguousarray(values).view(f"V{size}").reshape(-1)
         for segment, members in self.locate(address, size):
-            segment.cells.view(f"V{size}")[(address[members] - segment.start) // size] = cells[members]
+            cells, index = segment.view(address[members], np.dtype(f"V{size}"))
+            cells[index] = new[members]
             self.counts.stored[segment.argument] += size * int(members.sum())
             requests, sectors = _traffic(address[members], size, thread[members])
             self.counts.store_requests[segment.argument] += requests
             self.counts.store_sectors[segment.argument] += sectors
 
-    def cells(self, address: Array, dtype: np.dtype) -> list[Array]:
+    def cells(self, address: Array, dtype: np.dtype[Any]) -> list[Array]:
         """For each address the one-element view that an atomic works on."""
         views: list[Array] = [np.empty(0)] * len(address)
         for segment, members in self.locate(address, dtype.itemsize):
-            cells = segment.cells.view(dtype)
+            cells, index = segment.view(address[members], dtype)
             self.counts.atomics[segment.argument] += int(members.sum())
             self.counts.float_atomics += int(members.sum()) * (dtype.kind == "f")
-            for position in np.flatnonzero(members):
-                index = (int(address[position]) - segment.start) // dtype.itemsize
-                views[position] = cells[index : index + 1]
+            for position, cell in zip(np.flatnonzero(members), index, strict=True):
+                views[position] = cells[cell : cell + 1]
         return views
 
 
@@ -121,59 +134,88 @@ def _traffic(address: Array, size: int, thread: Array) -> tuple[int, int]:
     return len(np.unique(warp)), len(np.unique(sectors)) * max(1, size // SECTOR)
 
 
+class _Users:
+    """Who used each byte of shared memory since the last barrier: the lowest and highest thread, and, of the uses that
+    a warp barrier has ordered within their warp, the lowest and highest warp."""
+
+    NOBODY_LOW, NOBODY_HIGH = np.iinfo(np.int32).max, -1
+
+    def __init__(self, blocks: int, pitch: int) -> None:
+        self.pitch = pitch
+        shape = blocks * pitch
+        self.first_thread, self.first_warp = (np.full(shape, self.NOBODY_LOW, np.int32) for _ in range(2))
+        self.last_thread, self.last_warp = (np.full(shape, self.NOBODY_HIGH, np.int32) for _ in range(2))
+
+    def note(self, index: Array, thread: Array) -> None:
+        np.minimum.at(self.first_thread, index, thread)
+        np.maximum.at(self.last_thread, index, thread)
+
+    def others(self, index: Array, thread: Array) -> Mask:
+        """Where somebody else has used the byte, with nothing to order that use before this one."""
+        found = np.zeros(index.shape, bool)
+        for first, last, own in (
+            (self.first_thread, self.last_thread, thread),
+            (self.first_warp, self.last_warp, thread // WARP),
+        ):
+            used = last[index] != self.NOBODY_HIGH
+            found |= used & ((first[index] != own) | (last[index] != own))
+        return found
+
+    def barrier(self, blocks: Array) -> None:
+        for first, last in ((self.first_thread, self.last_thread), (self.first_warp, self.last_warp)):
+            first.reshape(-1, self.pitch)[blocks] = self.NOBODY_LOW
+            last.reshape(-1, self.pitch)[blocks] = self.NOBODY_HIGH
+
+    def warp_barrier(self, warps: Array) -> None:
+        warp = self.last_thread // WARP
+        ordered = (self.last_thread != self.NOBODY_HIGH) & (self.first_thread // WARP == warp) & np.isin(warp, warps)
+        self.first_warp[ordered] = np.minimum(self.first_warp[ordered], warp[ordered])
+        self.last_warp[ordered] = np.maximum(self.last_warp[ordered], warp[ordered])
+        self.first_thread[ordered], self.last_thread[ordered] = self.NOBODY_LOW, self.NOBODY_HIGH
+
+
 class SharedMemory:
     """The shared memory of the blocks that run together, with a check for missing barriers.
 
-    Two accesses of one byte by different threads, one of them storing a new value, need a barrier of the block between them;
-    inside one warp a warp barrier is enough. For each byte its last writer and the lowest and highest reader are remembered.
-    Lanes of one warp that store to one address in one instruction do not race: the hardware lets one of them win.
+    Two accesses of one byte by different threads, one of them storing a new value, need a barrier of the block between
+    them; inside one warp a warp barrier is enough. Lanes of one warp that store to one address in one instruction do not
+    race: the hardware lets one win.
     """
-
-    NOBODY_LOW, NOBODY_HIGH = np.iinfo(np.int32).max, -1
 
     def __init__(self, blocks: int, size: int, block: int) -> None:
         self.limit = size
         self.pitch = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         self.block = block
-        total = blocks * self.pitch
-        self.data = np.full(total, 0xFF, np.uint8)
-        self.writer = np.full(total, self.NOBODY_HIGH, np.int32)
-        self.lowest_reader = np.full(total, self.NOBODY_LOW, np.int32)
-        self.highest_reader = np.full(total, self.NOBODY_HIGH, np.int32)
+        self.data = np.full(blocks * self.pitch, 0xFF, np.uint8)
+        self.readers, self.writers = _Users(blocks, self.pitch), _Users(blocks, self.pitch)
 
     def barrier(self, blocks: Array) -> None:
         """All threads of these blocks have met: what they did before is ordered before what follows."""
-        self.writer.reshape(-1, self.pitch)[blocks] = self.NOBODY_HIGH
-        self.lowest_reader.reshape(-1, self.pitch)[blocks] = self.NOBODY_LOW
-        self.highest_reader.reshape(-1, self.pitch)[blocks] = self.NOBODY_HIGH
+        self.readers.barrier(blocks)
+        self.writers.barrier(blocks)
 
     def warp_barrier(self, warps: Array) -> None:
         """The threads of each of these warps (thread number // 32) have met."""
-        self.writer[np.isin(self.writer // WARP, warps)] = self.NOBODY_HIGH
-        one_warp = self.lowest_reader // WARP == self.highest_reader // WARP
-        ordered = one_warp & np.isin(self.highest_reader // WARP, warps)
-        self.lowest_reader[ordered], self.highest_reader[ordered] = self.NOBODY_LOW, self.NOBODY_HIGH
+        self.readers.warp_barrier(warps)
+        self.writers.warp_barrier(warps)
 
     def load(self, address: Array, size: int, thread: Array) -> Array:
         index, owner = self._bytes(address, size, thread)
-        writer = self.writer[index]
-        self._refuse((writer != self.NOBODY_HIGH) & (writer != owner), "loads what another thread stored")
-        np.minimum.at(self.lowest_reader, index, owner)
-        np.maximum.at(self.highest_reader, index, owner)
+        self._refuse(self.writers.others(index, owner), "loads what another thread stored")
+        self.readers.note(index, owner)
         return self.data[index]
 
     def store(self, address: Array, values: Array, thread: Array) -> None:
         index, owner = self._bytes(address, values.shape[1], thread)
         new = self.data[index] != values
-        lowest, highest, writer = self.lowest_reader[index], self.highest_reader[index], self.writer[index]
-        read_by_other = (highest != self.NOBODY_HIGH) & ((lowest != owner) | (highest != owner))
-        self._refuse(new & read_by_other, "overwrites what another thread loaded")
-        self._refuse(new & (writer != self.NOBODY_HIGH) & (writer != owner), "overwrites what another thread stored")
-        self.data[index], self.writer[index] = values, owner
-        lost = (self.data[index] != values) & (self.writer[index] // WARP != owner // WARP)
-        self._refuse(lost, "stores another value than a thread of another warp")
+        self._refuse(new & self.readers.others(index, owner), "overwrites what another thread loaded")
+        self._refuse(new & self.writers.others(index, owner), "overwrites what another thread stored")
+        self.data[index] = values
+        self.writers.note(index, owner)
+        one_warp = self.writers.first_thread[index] // WARP == self.writers.last_thread[index] // WARP
+        self._refuse((self.data[index] != values) & ~one_warp, "stores another value than a thread of another warp")
 
-    def cells(self, address: Array, dtype: np.dtype, thread: Array) -> list[Array]:
+    def cells(self, address: Array, dtype: np.dtype[Any], thread: Array) -> list[Array]:
         """For each address the one-element view that an atomic works on; atomics do not race with each other."""
         index, _ = self._bytes(address, dtype.itemsize, thread)
         return [self.data[start : start + dtype.itemsize].view(dtype) for start in index[:, 0]]

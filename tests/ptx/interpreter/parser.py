@@ -24,15 +24,15 @@ from .syntax import (
 )
 from .table import SPACES, TABLE, WITHOUT_EFFECT
 
-_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
+_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _DEBUG_LINE = re.compile(r"(?m)^\s*\.(loc|file)\b.*$")
 _SPECIAL = re.compile(r"%(laneid|warpid|n?(tid|ctaid)\.[xyz])")
 _INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?")
-_FLOAT = re.compile(r"0([fF][0-9a-fA-F]{8}|[dD][0-9a-fA-F]{16})")
-_STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.S)
+_FLOAT = re.compile(r"0(?:[fF]([0-9a-fA-F]{8})|[dD]([0-9a-fA-F]{16}))")
+_STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _DECLARATIONS = (".shared", ".pragma")
 
 _Scope = dict[str, Register]
@@ -42,7 +42,7 @@ def parse(text: str, name: str | None = None) -> Program:
     """The kernel (`.entry`) called `name`, or the first one."""
     text = _DEBUG_LINE.sub("", _COMMENT.sub("", text))
     wanted = re.escape(name) if name else r"[\w$]+"
-    head = re.search(rf"\.entry\s+({wanted})\s*\((.*?)\)([^{{]*)\{{", text, re.S)
+    head = re.search(rf"\.entry\s+({wanted})\s*\((.*?)\)([^{{]*)\{{", text, re.DOTALL)
     if not head:
         raise ValueError(f"no .entry {name or ''} in the PTX")
     program = Program(head[1], _parameters(head[2]), _block_size(head[3]))
@@ -176,8 +176,8 @@ class _Body:
             return Integer(self.program.shared_offsets[argument])
         if _SPECIAL.fullmatch(argument):
             return Special(argument)
-        if _FLOAT.fullmatch(argument):
-            return FloatBits(int(argument[2:], 16), 4 if argument[1] in "fF" else 8)
+        if pattern := _FLOAT.fullmatch(argument):
+            return FloatBits(int(pattern[1] or pattern[2], 16), 4 if pattern[1] else 8)
         if _INTEGER.fullmatch(argument):
             return Integer(int(argument.rstrip("U"), 0))
         raise UnsupportedPTX(f"operand {argument!r} in: {instruction.text}")

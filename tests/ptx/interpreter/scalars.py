@@ -1,25 +1,28 @@
 """PTX types as numpy dtypes, and the roundings that numpy does not have.
 
-Registers hold raw unsigned bits; an instruction gives them a type. The formats without a numpy dtype (bf16 and the packed
-pairs) stay raw bits and are converted by the instruction that knows them.
+Registers hold raw unsigned bits; an instruction gives them a type. The formats without a numpy dtype (bf16 and
+the packed pairs) stay raw bits and are converted by the instruction that knows them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 UNSIGNED: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED: dict[int, type[np.signedinteger]] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
-DTYPES: dict[str, np.dtype] = {
+_FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+_RAW = {"pred": np.bool_, "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "f32x2": np.uint64}
+DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{kind}{8 * size}": np.dtype(dtype) for size, dtype in UNSIGNED.items() for kind in "ub"},
     **{f"s{8 * size}": np.dtype(dtype) for size, dtype in SIGNED.items()},
-    **{"f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "pred": np.dtype(np.bool_)},
-    **{"bf16": np.dtype(np.uint16), "f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32), "f32x2": np.dtype(np.uint64)},
+    **{kind: np.dtype(dtype) for kind, dtype in (_FLOATS | _RAW).items()},
 }
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -58,9 +61,9 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     """a * b + c of float32 values, rounded once.
 
-    The product is exact in float64. The float64 sum is not, and rounding it again to float32 errs where it lies half-way
-    between two float32 values (or is subnormal in float32): there the sum is first rounded to odd, which a second
-    rounding can't misread.
+    The product is exact in float64. The float64 sum is not, and rounding it again to float32 errs where it lies
+    half-way between two float32 values (or is subnormal in float32): there the sum is first rounded to odd, which a
+    second rounding can't misread.
     """
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + addend
@@ -77,7 +80,7 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
 
 
 def fma_f64(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c of float64 values with the product kept in two parts: within one unit of the last place, nearly always exact."""
+    """a * b + c of float64 values with the product kept in two parts: nearly always, but not always, rounded once."""
 
     def split(x: Array) -> tuple[Array, Array]:
         high = x * 134217729.0

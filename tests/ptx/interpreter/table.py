@@ -1,7 +1,7 @@
 """Every instruction the interpreter knows: entry -> (modifiers, types). Nothing else is accepted.
 
-An entry is an opcode or an opcode with its first modifier. A modifier that the hardware needs to be right but that would be
-silently skipped here gives wrong numbers (the `.bf16` in `sub.rn.f32.bf16` once did), hence a closed list.
+An entry is an opcode or an opcode with its first modifier. A modifier that would be silently skipped here gives wrong
+numbers (the `.bf16` in `sub.rn.f32.bf16` once did), hence a closed list.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The threads that run together: their registers, and the scheduler.
 
-Thread t of the batch belongs to block t // block of the batch. All threads of a batch run one instruction at a time; those at
-the lowest program counter go first, so divergent paths meet again where they join.
+Thread t of the batch belongs to block t // block of the batch. All threads of a batch run one instruction at a time;
+those at the lowest program counter go first, so divergent paths meet again where they join.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from .syntax import (
 
 BLOCK_BARRIERS = frozenset({"bar.sync", "barrier.sync"})
 WARP_BARRIERS = frozenset({"bar.warp", "shfl.sync", "vote.sync", "redux.sync", "elect.sync"})
+MEETINGS = BLOCK_BARRIERS | WARP_BARRIERS
+JUMPS = frozenset({"bra", "ret", "exit"})
 
 
 class Executor(Protocol):
@@ -72,6 +74,7 @@ class Threads:
             for name, kind in launch.program.registers.items()
         }
         self.special = self._special_registers()
+        self.constants: dict[tuple[Operand, np.dtype[Any]], Array] = {}
         self.end = len(launch.program.code)
         self.counter = np.zeros(self.count, np.int64)  # == end: the thread has exited
         self.waiting = np.zeros(self.count, bool)
@@ -79,7 +82,7 @@ class Threads:
     def _special_registers(self) -> dict[str, Array]:
         width, height, _ = self.launch.grid
         block = (self.block_index % width, self.block_index // width % height, self.block_index // (width * height))
-        special = {"%laneid": self.lane, "%warpid": self.thread // WARP}
+        special: dict[str, Array] = {"%laneid": self.lane, "%warpid": self.thread // WARP}
         for axis, name in enumerate("xyz"):
             special[f"%tid.{name}"] = self.thread if axis == 0 else np.zeros(self.count)
             special[f"%ntid.{name}"] = np.full(self.count, self.launch.block if axis == 0 else 1)
@@ -95,23 +98,32 @@ class Threads:
             position, group = self._next_group()
             if position == self.end:
                 return
+            if code[position].entry in MEETINGS:
+                group = self._meet(code[position], group)
+            if group.any():
+                self._run_from(position, group, executors)
+        raise Deadlock(
+            f"{self.launch.program.name}: step limit reached: an endless loop, or blocks that wait for each other"
+        )
+
+    def _run_from(self, position: int, group: Mask, executors: Mapping[str, Executor]) -> None:
+        """Run the group until it branches, reaches a barrier, or catches up with threads that are ahead."""
+        code = self.launch.program.code
+        ahead = int(self.counter[~group & ~self.waiting].min(initial=self.end))
+        while True:
             instruction = code[position]
-            if instruction.entry in BLOCK_BARRIERS or instruction.entry in WARP_BARRIERS:
-                group = self._meet(instruction, group)
-                if not group.any():
-                    continue
-            self.counter[group] = position + 1
-            mask = group
-            if instruction.guard:
-                mask = group & (self.registers[instruction.guard.register.name] ^ instruction.guard.negated)
-            active = int(np.count_nonzero(mask))
-            if active:
-                self.launch.counts.instructions += active
-                self._execute(executors[instruction.entry], instruction, mask)
-        raise Deadlock(f"{self.launch.program.name}: step limit reached: an endless loop, or blocks that wait for each other")
+            position += 1
+            if instruction.entry in JUMPS:
+                self.counter[group] = position
+                self._execute(executors[instruction.entry], instruction, group)
+                return
+            self._execute(executors[instruction.entry], instruction, group)
+            if position >= ahead or code[position].entry in MEETINGS:
+                self.counter[group] = position
+                return
 
     def _next_group(self) -> tuple[int, Mask]:
-        """The lowest program counter of the threads that can go on, and who is there; (end, ...) when all have exited."""
+        """The lowest program counter of threads that can go on, and who is there; (end, ...) when all have exited."""
         ready = np.where(self.waiting, self.end, self.counter) if self.waiting.any() else self.counter
         position = int(ready.min())
         if position == self.end and self.waiting.any():
@@ -143,7 +155,14 @@ class Threads:
             self.shared.warp_barrier(np.unique(self.index[complete] // WARP))
         return complete
 
-    def _execute(self, executor: Executor, instruction: Instruction, mask: Mask) -> None:
+    def _execute(self, executor: Executor, instruction: Instruction, group: Mask) -> None:
+        mask = group
+        if instruction.guard:
+            mask = group & (self.registers[instruction.guard.register.name] ^ instruction.guard.negated)
+        active = int(np.count_nonzero(mask))
+        if not active:
+            return
+        self.launch.counts.instructions += active
         try:
             executor(self, instruction, mask)
         except (MemoryFault, SharedMemoryRace) as fault:
@@ -159,25 +178,31 @@ class Threads:
         if isinstance(operand, Complement):
             return ~self.registers[operand.register.name]
         dtype = DTYPES[kind]
-        if isinstance(operand, Integer):
-            if dtype.kind == "f" and operand.value:
-                raise UnsupportedPTX(f"integer {operand.value} read as {kind}")
-            pattern = np.array(operand.value & ((1 << 8 * dtype.itemsize) - 1), UNSIGNED[dtype.itemsize])
-            raw: Array = np.broadcast_to(pattern, self.count)
-        elif isinstance(operand, FloatBits):
-            raw = np.broadcast_to(np.array(operand.bits, UNSIGNED[operand.size]), self.count)
+        if isinstance(operand, Register):
+            raw = self.registers[operand.name]
         elif isinstance(operand, Special):
             raw = self.special[operand.name]
-        elif isinstance(operand, Register):
-            raw = self.registers[operand.name]
         else:
-            raise UnsupportedPTX(f"operand {operand} read as {kind}")
+            raw = self._constant(operand, dtype)
         if kind == "pred":
             return raw.astype(bool, copy=False)
         if raw.dtype == bool or raw.itemsize < dtype.itemsize:
             raise UnsupportedPTX(f"operand {operand} read as {kind}")
         value = raw.astype(UNSIGNED[dtype.itemsize], copy=False).view(dtype)
         return bf16_to_f32(value) if kind == "bf16" else value
+
+    def _constant(self, operand: Operand, dtype: np.dtype[Any]) -> Array:
+        """The raw bits of an immediate, once for every thread."""
+        key = (operand, dtype)
+        if key not in self.constants:
+            if isinstance(operand, FloatBits):
+                bits, size = operand.bits, operand.size
+            elif isinstance(operand, Integer) and not (dtype.kind == "f" and operand.value):
+                bits, size = operand.value & ((1 << 8 * dtype.itemsize) - 1), dtype.itemsize
+            else:
+                raise UnsupportedPTX(f"operand {operand} read as {dtype}")
+            self.constants[key] = np.full(self.count, bits, UNSIGNED[size])
+        return self.constants[key]
 
     def write(self, operand: Operand, value: Array, mask: Mask) -> None:
         """Store to a register: a signed value is sign-extended to it, any other zero-extended."""

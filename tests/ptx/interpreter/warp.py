@@ -71,7 +71,7 @@ def vote(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     if mode == "ballot":
         result: Array = (rows.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(1).astype(np.uint32)
     else:
-        result = rows.any(1) if mode == "any" else rows.all(1)
+        result = np.any(rows, 1) if mode == "any" else np.all(rows, 1)
     threads.write(destination, np.repeat(result, WARP), mask)
 
 

@@ -1,0 +1,1 @@
+"""The real PTX of every kernel, executed on numpy arrays."""
