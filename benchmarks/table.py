@@ -81,7 +81,8 @@ def _cells(row: Row, by_key: dict[tuple[str, str], Row]) -> list[str]:
 
 
 def _milliseconds(row: Row) -> str:
-    return f"{1e3 * row['seconds']['median']:.3g} ms"
+    milliseconds = 1e3 * row["seconds"]["median"]
+    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
 
 def _times(speedup: dict[str, float] | None) -> str:

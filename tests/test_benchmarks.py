@@ -122,6 +122,14 @@ def test_roofs_count_the_bytes_read_and_written() -> None:
     assert roofs(SMALL, seconds) == {"read": n, "write": n, "copy": 2 * n, "clone": n / 2}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_read_roof_sees_every_byte(dtype: str) -> None:
+    logits = torch.zeros(3, 7, dtype=DTYPES[dtype])[:2]
+    logits[1, 6] = 2.0
+    steps = roof_steps([(logits, torch.zeros(2))], logits.clone())
+    assert steps["read/sum"](0) == steps["read/amax"](0) != 0
+
+
 def test_the_roof_steps_do_what_they_are_named() -> None:
     inputs = [make_inputs(SMALL, 0, "cpu")]
     buffer = torch.empty_like(inputs[0][0])
@@ -328,8 +336,7 @@ def test_the_table_shows_what_is_stored(tmp_path: Path) -> None:
         store(tmp_path, stored_row("xentile", median=0.2), stored_row("torch.eager", median=1.9))
     )
     assert (
-        "| 1024 x 128256 float32 | forward + backward | 200 ms | 1.9e+03 ms | **9.5x** | **4.2x** | 70 % | 1.01 |"
-        in shown
+        "| 1024 x 128256 float32 | forward + backward | 200 ms | 1900 ms | **9.5x** | **4.2x** | 70 % | 1.01 |" in shown
     )
     assert "**Some CPU, 2 threads**, avx2 kernels, torch 2.13.0, 2026-01-02, commit abc." in shown
 
