@@ -1,0 +1,56 @@
+// The interface between the operators and the row kernels, of which there is one set per instruction set.
+//
+// The units that implement it for an instruction set include no C++ standard header and no torch header: an inline function
+// compiled for AVX-512 could be the copy that the linker keeps for the whole library, and crash on an older CPU.
+#pragma once
+#include <stdint.h>
+
+namespace xentile {
+
+// What is the same for every row. Acc: float, or double for float64 logits.
+template <class Acc>
+struct RowTask {
+  int64_t columns;      // V
+  Acc logit_scale;      // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap)
+  Acc softcap;          // 0: off
+  const Acc* weight;    // (V) class weights, null: all ones
+  bool smoothing;       // the gap is wanted, and the gradient has a constant part
+  bool entropy;         // the spread is wanted
+  bool rank;            // the rank is wanted
+};
+
+// Phase 1 of a row. z is the logit after scale and softcap, m the maximum of z; e_j = exp(z_j - m).
+struct RowSums {
+  double max;       // m
+  double target;    // z of the target (0 without a target)
+  double rest;      // sum of e_j over j != target: the target is excluded, never subtracted
+  double gap;       // sum of weight_j (m - z_j) over all j, if smoothing
+  double spread;    // sum of e_j (m - z_j) over j != target, if entropy
+  int64_t argmax;   // lowest index of the largest x
+  int64_t rank;     // #{j: x_j > x_t} + #{j < t: x_j == x_t}, if rank
+};
+
+// What phase 3 needs: dx_j = (exp_factor * exp(z_j - max) - constant * weight_j) * dz_j/dx_j, and target * dz_t/dx_t at t.
+template <class Acc>
+struct Coefficients {
+  Acc max, exp_factor, constant, target;
+};
+
+template <class Acc>
+struct RowKernels {
+  // target < 0: no column is excluded.
+  void (*reduce)(const RowTask<Acc>&, const void* x, int64_t target, RowSums* sums);
+  // dx may be x itself. stream: dx is too large to be read back from the cache, so write around it.
+  void (*gradient)(const RowTask<Acc>&, const void* x, int64_t target, const Coefficients<Acc>&, void* dx, bool stream);
+  void (*scale)(void* x, int64_t n, Acc scale);
+};
+
+struct KernelTable {
+  const char* name;
+  RowKernels<float> float32, bfloat16, float16;
+};
+
+extern const KernelTable kernels_default, kernels_avx2, kernels_avx512;
+extern const RowKernels<double> kernels_float64;
+
+}  // namespace xentile

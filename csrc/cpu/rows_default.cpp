@@ -1,0 +1,3 @@
+#include "rows.h"
+
+XENTILE_KERNEL_TABLE(default)

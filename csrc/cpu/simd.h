@@ -1,0 +1,101 @@
+// Vectors of floats as wide as the instruction set has them, and the two transcendental functions of a row.
+//
+// GCC's vector extensions, which clang has too: one source for SSE2, NEON, AVX2 and AVX-512. Intrinsics appear only where the
+// language has no word for it. Compile with -ffp-contract=fast (a * b + c becomes one FMA) and never with -ffast-math: NaN,
+// infinities and the rounding trick in `exp_parts` must work.
+#pragma once
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define XENTILE_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(4 * kLanes), may_alias));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes), may_alias));
+typedef float LooseF __attribute__((vector_size(4 * kLanes), may_alias, aligned(4)));      // at any element
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes), may_alias));
+typedef uint16_t LooseH __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
+
+constexpr float kInf = __builtin_inff();
+
+XENTILE_INLINE VecF splat(float x) { return VecF{} + x; }
+XENTILE_INLINE VecF load(const float* p) { return *reinterpret_cast<const LooseF*>(p); }
+XENTILE_INLINE void store(float* p, VecF v) { *reinterpret_cast<LooseF*>(p) = v; }
+XENTILE_INLINE VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no; }
+XENTILE_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }  // b if either is NaN
+
+XENTILE_INLINE VecI lane_index() {
+  VecI lane;
+  for (int k = 0; k < kLanes; k++) lane[k] = k;
+  return lane;
+}
+
+XENTILE_INLINE float horizontal_max(VecF v) {
+  float m = v[0];
+  for (int k = 1; k < kLanes; k++) m = v[k] > m ? v[k] : m;
+  return m;
+}
+
+XENTILE_INLINE float horizontal_sum(VecF v) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; k++) v[k] += v[k + width];
+  return v[0];
+}
+
+// exp(d) = power * scale * 2**-kExpBias. The bias keeps results that would be subnormal in full precision: what float32
+// can hold of exp(d) is never lost, and anything below, such as exp(-inf), gives scale = 0 exactly. For d <= 70.
+constexpr int kExpBias = 24;
+constexpr float kExpUnbias = 1.0f / (1 << kExpBias);
+
+struct ExpParts {
+  VecF power, scale;
+};
+
+XENTILE_INLINE ExpParts exp_parts(VecF d) {
+  constexpr float kLog2E = 1.44269504f, kLowest = -104.665f;  // rounds to 2**-151: an exponent field of 0
+  constexpr float kRound = 12582912.0f + 127 + kExpBias;      // adding it rounds to an integer in the low bits
+  d = max(splat(kLowest), d);                                 // NaN stays NaN
+  const VecF shifted = d * kLog2E + kRound;
+  const VecF n = shifted - kRound;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const VecF r = d - n * 0.693147182f;  // ln 2 happens to be within 2**-28 of a float
+#else
+  const VecF r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
+  VecF p = r * 0x1.0fa7d8p-7f + 0x1.573ad0p-5f;  // minimax on |r| <= ln 2 / 2: relative error 9.2e-8, and exp(0) = 1
+  p = p * r + 0x1.555a6ep-3f;
+  p = p * r + 0x1.fffdc4p-2f;
+  p = p * r + 0x1.fffff6p-1f;
+  p = p * r + 1.0f;
+  return {p, (VecF)((VecI)shifted << 23)};
+}
+
+// tanh(u), relative error a few 2**-24 also near 0, where 1 - 2 / (exp(2u) + 1) alone would cancel.
+XENTILE_INLINE VecF tanh(VecF u) {
+  const VecF magnitude = (VecF)((VecI)u & 0x7fffffff);
+  const ExpParts e = exp_parts(magnitude * -2.0f);
+  const VecF decay = e.power * e.scale * kExpUnbias;  // exp(-2|u|)
+  const VecF large = 1.0f - 2.0f * decay / (1.0f + decay);  // rounds better than (1 - decay) / (1 + decay)
+  const VecF square = u * u;
+  VecF p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // odd polynomial for |u| < 0.625 (Cephes)
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const VecF small = p * square * magnitude + magnitude;
+  const VecF result = select(magnitude < 0.625f, small, large);
+  return (VecF)((VecI)result | ((VecI)u & INT32_MIN));
+}
+
+}  // namespace
