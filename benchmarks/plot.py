@@ -74,7 +74,7 @@ def _panel(axes, device: str, rows: Sequence[Row]) -> None:  # type: ignore[no-u
     axes.set_ylabel("% of copy_ of the same bytes")
     axes.set_title(f"Loss and gradient, {device}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(0, 115)  # room for the legend above what no bar can reach
+    axes.set_ylim(0, 1.15 * max(100.0, *of_roof.values()))  # room for the legend
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=len(BARS))
 
 
