@@ -51,7 +51,7 @@ def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor, *, what: 
     worst = (error - budget).argmax() if exact.numel() else None
     assert bool((error <= budget).all()), (
         f"{what}: error {error.flatten()[worst].item():.3e} exceeds {budget.flatten()[worst].item():.3e} "
-        f"at {int(worst)}, exact {exact.flatten()[worst].item():.6e}; eager's largest error {reference.max().item():.3e}"
+        f"at {int(worst)}, exact {exact.flatten()[worst].item():.6e}; eager's largest {reference.max().item():.3e}"
     )
 
 

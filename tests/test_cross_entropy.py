@@ -30,7 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def reference_loss(target: Tensor, **options: Any) -> Any:
-    """The specification in the dtype of its input: in float64 the oracle, in a low dtype cast up first like plain PyTorch."""
+    """The specification in the dtype of its input: in float64 the oracle, in a low dtype cast up first like plain
+    PyTorch."""
     options = {**options, "softcap": options.get("softcap", 0.0)}
     return lambda x: reference.cross_entropy(x, target, options.get("weight"), **_without(options, "weight")).loss
 
@@ -114,7 +115,8 @@ def test_empty_batch(size: int) -> None:
     assert xt.cross_entropy(logits, target, reduction="sum").loss == 0
     assert xt.cross_entropy(logits, target, reduction="none").loss.shape == (0,)
     xt.cross_entropy(logits, target).loss.backward()
-    assert logits.grad is not None and logits.grad.shape == (0, size)
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, size)
 
 
 @given(

@@ -14,6 +14,7 @@ from xentile._ops import ops
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m xentile", description="xentile on the command line")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what serves which operator on this machine, and why")

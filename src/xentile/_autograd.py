@@ -47,8 +47,10 @@ def run(inputs: Inputs, options: Options, *, soft: bool, entropy: bool, target_r
     compiling = torch.compiler.is_compiling()
     overwrite = inplace and not compiling  # a compiler plans memory itself
     if torch.is_grad_enabled() and inputs.logits.requires_grad:
-        # Compiled code keeps the gradient out of the forward: its backward could not overwrite a saved tensor to scale it.
-        return CrossEntropyFunction.apply(*inputs, *options, entropy, target_rank, overwrite, not compiling)
+        # In compiled code the gradient is left to the backward, which could not scale a saved one in place.
+        apply: Any = CrossEntropyFunction.apply
+        results: Results = apply(*inputs, *options, entropy, target_rank, overwrite, not compiling)
+        return results
     return _forward(inputs, options, entropy, target_rank, None)[0]
 
 
@@ -83,8 +85,8 @@ def _forward(
 class CrossEntropyFunction(torch.autograd.Function):
     """With mean and sum, forward writes the gradient in the same launch, and backward only scales it if it must.
 
-    The buffer is handed out by the first backward, which may scale it in place because nobody else holds it; a second one
-    (retain_graph) computes the gradient anew, with the same formula and hence the same bits.
+    The buffer is handed out by the first backward, which may scale it in place because nobody else holds it; a second
+    one (retain_graph) computes the gradient anew, with the same formula and hence the same bits.
     """
 
     @staticmethod
@@ -125,10 +127,7 @@ class CrossEntropyFunction(torch.autograd.Function):
             )
         logits, target, weight, token_weight, _normalizer, *rows = ctx.saved_tensors
         options = ctx.options
-        if ctx.inplace:
-            dlogits = logits.detach()
-        else:
-            dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dlogits = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         dloss = dloss.contiguous()
         ops.cross_entropy_backward.default(dloss, logits, target, weight, token_weight, *rows, dlogits, *options[:6])
         if ctx.inplace:
@@ -144,8 +143,8 @@ def _differentiable_gradient(ctx: Any, dloss: Tensor) -> Tensor:
     logits, target, weight, token_weight, normalizer, *_ = ctx.saved_tensors
     inputs = Inputs(logits, target, weight, token_weight, normalizer, None, None)
     loss = _reference_terms(inputs, ctx.options, soft=False).loss
-    (dlogits,) = torch.autograd.grad(loss, logits, dloss, create_graph=True)
-    return dlogits
+    gradient: Tensor = torch.autograd.grad(loss, logits, dloss, create_graph=True)[0]
+    return gradient
 
 
 def _reference_terms(inputs: Inputs, options: Options, soft: bool) -> reference.Terms:

@@ -156,8 +156,8 @@ def target_range(target: Tensor, size: int, ignore_index: int, *, wait: bool = F
     first = ops.first_bad_target.default(target, size, ignore_index)
     if first >= 0:
         raise IndexError(
-            f"Target {int(target[first])} is out of bounds: target must be in [0, {size}) or ignore_index={ignore_index}, "
-            f"at flat position {first}"
+            f"Target {int(target[first])} is out of bounds: target must be in [0, {size}) "
+            f"or ignore_index={ignore_index}, at flat position {first}"
         )
 
 
@@ -188,18 +188,24 @@ def inplace(wanted: bool, logits: Tensor) -> None:
 
 
 def quantiles(q: Any, device: torch.device) -> Tensor:
-    """q as a float64 tensor on the device. Python numbers are checked; a tensor on a device is not read, NaN comes out."""
-    if not isinstance(q, Tensor):
-        q = torch.as_tensor(q, dtype=torch.float64)
-        if not bool(((q >= 0) & (q <= 1)).all()):
-            raise ValueError(f"q must be in [0, 1], got {q.tolist()}")
-    elif not q.is_floating_point():
-        raise TypeError(f"q must be a floating point tensor, got {_name(q.dtype)}")
-    return q.to(device=device, dtype=torch.float64)
+    """Turn q into a float64 tensor on the device without waiting for it. A tensor is not read, only numbers are."""
+    if isinstance(q, Tensor):
+        if not q.is_floating_point():
+            raise TypeError(f"q must be a floating point tensor, got {_name(q.dtype)}")
+        return q.to(device=device, dtype=torch.float64)
+    scalar = isinstance(q, (int, float))
+    values = [number(value, "q") for value in ([q] if scalar else q)]
+    for value in values:
+        if not 0 <= value <= 1:
+            raise ValueError(f"q must be in [0, 1], got {value}")
+    # filled on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph
+    parts = [torch.full((1,), value, dtype=torch.float64, device=device) for value in values]
+    result = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=device)
+    return result[0] if scalar else result
 
 
 def _values_hidden() -> bool:
-    """While compiling or under a torch.func transform no value can be read: the kernels' NaN for a bad target has to do."""
+    """No value can be read while compiling or under torch.func: the kernels' NaN for a bad target has to do."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 

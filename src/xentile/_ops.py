@@ -1,11 +1,11 @@
 """Every operator of xentile: schemas, fakes, and which kernel serves which device.
 
-Operators only fill outputs that Python allocates (out-variants): the cheapest form of a dispatcher call, and torch.compile
-plans the memory. N rows, V columns, G groups, Q quantiles; acc = float32, or float64 for float64 logits. `logits` is (N, V) with
-stride 1 in the last dimension and any row stride; vectors are contiguous.
+Operators only fill outputs that Python allocates (out-variants): the cheapest form of a dispatcher call, and
+torch.compile plans the memory. N rows, V columns, G groups, Q quantiles; acc = float32, or float64 for float64 logits.
+`logits` is (N, V) with stride 1 in the last dimension and any row stride; vectors are contiguous.
 
-The dispatcher is the registry: CPU is served by csrc/cpu when the library was built, CUDA by _triton, everything else (and a CPU
-without the library) by reference.py.
+The dispatcher is the registry: CPU is served by csrc/cpu when the library was built, CUDA by _triton, everything else
+(and a CPU without the library) by reference.py.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from __future__ import annotations
 import importlib
 import pathlib
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SCHEMAS = {
     # One launch: loss, statistics, the sketch, and the gradient when dlogits is given (not with reduction none).
     # loss: () for mean and sum, (N,) for none; denominator: () what the mean was divided by (1 otherwise).
-    # row_max, sum_exp: m and S of each row, from which the gradient's p = exp(z - m) / S loses no digits (exp(z - lse) would).
+    # row_max, sum_exp: m and S of each row. The gradient's p = exp(z - m) / S loses no digits; exp(z - lse) would.
     "cross_entropy": (
         "(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? normalizer, Tensor? group_ids, "
         "Tensor(a!) loss, Tensor(b!) denominator, Tensor(c!) token_loss, Tensor(d!) lse, Tensor(e!) row_max, "
@@ -33,7 +35,8 @@ SCHEMAS = {
     # The gradient alone, from what the forward saved. dloss: () for mean and sum, (N,) for none.
     "cross_entropy_backward": (
         "(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor denominator, "
-        "Tensor token_loss, Tensor row_max, Tensor sum_exp, Tensor(a!) dlogits, int ignore_index, int reduction, float label_smoothing, "
+        "Tensor token_loss, Tensor row_max, Tensor sum_exp, Tensor(a!) dlogits, int ignore_index, int reduction, "
+        "float label_smoothing, "
         "float z_loss, float softcap, float logit_scale) -> ()"
     ),
     # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1.
@@ -124,7 +127,7 @@ TRITON = {
 
 
 def _triton_kernel(name: str) -> Callable[..., None]:
-    """The launcher, imported with Triton at the first call. Logits in float64 go to plain PyTorch: no GPU trains in it."""
+    """The launcher, imported with Triton at the first call. float64 goes to plain PyTorch: nobody trains in it."""
 
     def kernel(*args: Any) -> None:
         if name != "sketch_quantile" and any(

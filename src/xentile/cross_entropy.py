@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,44 +37,50 @@ def cross_entropy(
 ) -> CrossEntropyOutput:
     r"""Cross-entropy of logits and target, with the percentiles of the per-token loss.
 
-    `out.loss` equals `F.cross_entropy(logits.float(), target, ...)` and has its gradient; `out.quantile(...)` reads percentiles.
-    With s = logit_scale, eps = label_smoothing, class weights w and token weights u, for a token with target t:
+    `out.loss` equals `F.cross_entropy(logits.float(), target, ...)` and has its gradient; `out.quantile(...)` reads
+    percentiles. With s = logit_scale, eps = label_smoothing, class weights w and token weights u, for a token with
+    target t:
 
     .. math::
         z_j = s x_j \quad\text{or}\quad c \tanh(s x_j / c),\qquad \mathrm{CE} = \log\textstyle\sum_j e^{z_j} - z_t \\
-        \ell = u\,[(1-\epsilon)\,w_t\,\mathrm{CE} + (\epsilon/V) \textstyle\sum_j w_j(\mathrm{lse} - z_j) + \lambda\,\mathrm{lse}^2]
+        \ell = u\,[(1-\epsilon)\,w_t\,\mathrm{CE}
+            + (\epsilon/V) \textstyle\sum_j w_j(\mathrm{lse} - z_j) + \lambda\,\mathrm{lse}^2]
 
     The percentiles are those of CE over the tokens that are not ignored, whatever else the loss contains.
 
     Args:
-        logits: (V), (N, V) or (N, V, d1, ...), float32, bfloat16, float16 or float64. Arithmetic is float32 (float64 for float64).
-            Read in place when the vocabulary dimension has stride 1, else copied once.
-        target: class indices, the shape of logits without V, int64, int32 or uint8; or class probabilities, the shape of
-            logits (served by plain PyTorch on every device).
+        logits: (V), (N, V) or (N, V, d1, ...), float32, bfloat16, float16 or float64. Arithmetic is float32 (float64
+            for float64). Read in place when the vocabulary dimension has stride 1, else copied once.
+        target: class indices, the shape of logits without V, int64, int32 or uint8; or class probabilities, the shape
+            of logits (served by plain PyTorch on every device).
         weight: (V), a weight for each class.
         ignore_index: targets with this value are left out of everything. Any integer.
         reduction: 'none', 'mean' or 'sum'.
         label_smoothing: eps in [0, 1].
-        z_loss: lambda >= 0, keeps logsumexp near 0 (PaLM, arXiv 2204.02311, section 5). Not multiplied by the class weight.
-        softcap: c > 0 bounds the logits to (-c, c) (Gemma 2, arXiv 2408.00118, section 2). None leaves them as they are.
+        z_loss: lambda >= 0, keeps logsumexp near 0 (PaLM, arXiv 2204.02311, section 5). Not multiplied by the class
+            weight.
+        softcap: c > 0 bounds the logits to (-c, c) (Gemma 2, arXiv 2408.00118, section 2). None leaves them as they
+            are.
         logit_scale: s > 0, an inverse temperature.
         token_weight: the shape of target, a weight for each token.
-        normalizer: what 'mean' divides by, instead of the sum of the weights of the tokens that count: a number or a 0-d tensor
-            (the `num_items_in_batch` of a trainer that accumulates gradients).
+        normalizer: what 'mean' divides by, instead of the sum of the weights of the tokens that count: a number or a
+            0-d tensor (the `num_items_in_batch` of a trainer that accumulates gradients).
         all_ignored: a mean over no token is 'nan', as in PyTorch, or 'zero' with zero gradients.
         group_ids: the shape of target, the row of the sketch that counts a token (its domain, its position bucket).
-        sketch: a LossSketch to count this batch in, in the same launch. Recomputation under activation checkpointing is not counted.
+        sketch: a LossSketch to count this batch in, in the same launch. Recomputation under activation checkpointing is
+            not counted.
         stats: any of 'entropy' and 'target_rank', computed in the same pass.
-        inplace: write the gradient over the logits, which saves one (N, V) tensor. Their values are lost. Under torch.compile the
-            compiler decides.
-        check: raise on a target out of range on any device, which waits for it. A CPU always checks; a GPU without `check` gives
-            NaN for that token's loss and a zero gradient, and counts it (`out.out_of_range`, `LossSketch.out_of_range_count`).
+        inplace: write the gradient over the logits, which saves one (N, V) tensor. Their values are lost. Under
+            torch.compile the compiler decides.
+        check: raise on a target out of range on any device, which waits for it. A CPU always checks; a GPU without
+            `check` gives NaN for that token's loss and a zero gradient, and counts it (`out.out_of_range`,
+            `LossSketch.out_of_range_count`).
 
     Returns:
         CrossEntropyOutput, see there. Only `loss` carries a gradient.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as F.cross_entropy for the same misuse; nothing is counted then.
+        TypeError, ValueError, IndexError, RuntimeError: as F.cross_entropy for the same misuse. Nothing is counted.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], requires_grad=True)
@@ -115,26 +123,23 @@ def cross_entropy(
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     inputs = Inputs(
         logits=_rows(logits, vocab_dim, size),
-        target=_rows(target, vocab_dim, size)
-        if soft
-        else _vector(target, None if target.dtype == torch.int32 else torch.int64),
-        weight=_vector(weight, acc),
-        token_weight=_vector(token_weight, acc),
-        normalizer=None if normalizer is None else torch.as_tensor(normalizer, dtype=acc, device=logits.device),
-        group_ids=_vector(group_ids, torch.int64),
+        target=_rows(target, vocab_dim, size) if soft else _indices(target),
+        weight=None if weight is None else weight.to(acc).contiguous(),
+        token_weight=None if token_weight is None else token_weight.reshape(-1).to(acc).contiguous(),
+        normalizer=_scalar(normalizer, acc, logits.device),
+        group_ids=None if group_ids is None else group_ids.reshape(-1).long().contiguous(),
         state=state,
     )
     if not soft:
         _check.target_range(inputs.target, size, ignore_index, wait=check)
     if sketch is not None:
         _check.group_range(inputs.group_ids, sketch.groups, wait=check)
-    result = run(
-        inputs, options, soft=soft, entropy="entropy" in stats, target_rank="target_rank" in stats, inplace=inplace
-    )
-    loss, *per_token = result
+    wanted = {"entropy": "entropy" in stats, "target_rank": "target_rank" in stats}
+    loss, *per_token = run(inputs, options, soft=soft, inplace=inplace, **wanted)
     if reduction == "none":
         loss = loss.reshape(token_shape)
-    return CrossEntropyOutput(loss, *(None if t is None else t.reshape(token_shape) for t in per_token))
+    shaped: Any = (None if t is None else t.reshape(token_shape) for t in per_token)
+    return CrossEntropyOutput(loss, *shaped)
 
 
 def _rows(x: Tensor, vocab_dim: int, size: int) -> Tensor:
@@ -144,5 +149,15 @@ def _rows(x: Tensor, vocab_dim: int, size: int) -> Tensor:
     return x if x.stride(1) == 1 or size <= 1 else x.contiguous()
 
 
-def _vector(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1).to(dtype or x.dtype).contiguous()
+def _indices(target: Tensor) -> Tensor:
+    flat = target.reshape(-1).contiguous()
+    return flat if flat.dtype == torch.int32 else flat.long()
+
+
+def _scalar(value: Tensor | float | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A 0-d tensor on the device, without waiting for it: a number is filled in there, not copied from the host."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from xentile import _check, _layout
 from xentile.cross_entropy import cross_entropy
-from xentile.output import CrossEntropyOutput
 from xentile.sketch import LossSketch
+
+if TYPE_CHECKING:
+    from xentile.output import CrossEntropyOutput
 
 
 class CrossEntropyLoss(nn.Module):
     """Drop-in for torch.nn.CrossEntropyLoss that counts every token's loss in a sketch it owns.
 
-    The sketch's state is a buffer: it moves with the module, is saved in its state_dict, has a fixed address under torch.compile and
-    CUDA graphs, and counts in train and eval mode alike. Read it through `sketch`; `sketch.reset()` starts a new period.
-    Keep one module for training and one for evaluation, and keep it out of DistributedDataParallel, which would overwrite the
-    buffer with that of rank 0.
+    The sketch's state is a buffer: it moves with the module, is saved in its state_dict, has a fixed address under
+    torch.compile and CUDA graphs, and counts in train and eval mode alike. Read it through `sketch`; `sketch.reset()`
+    starts a new period. Keep one module for training and one for evaluation, and keep it out of
+    DistributedDataParallel, which would overwrite the buffer with that of rank 0.
 
     Args:
         weight: (V), a weight for each class.
         groups: rows of the sketch, chosen by `group_ids`.
-        **options: the keyword arguments of `xentile.cross_entropy` that are not tensors, with its defaults: ignore_index, reduction,
-            label_smoothing, z_loss, softcap, logit_scale, all_ignored, inplace, check.
+        **options: the keyword arguments of `xentile.cross_entropy` that are not tensors, with its defaults:
+            ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, all_ignored, inplace, check.
 
     Example:
         >>> criterion = CrossEntropyLoss(label_smoothing=0.1)
@@ -71,4 +73,5 @@ class CrossEntropyLoss(nn.Module):
         return cross_entropy(logits, target, self.weight, sketch=self.sketch, **self.options, **tensors)
 
     def extra_repr(self) -> str:
+        """The options that were given."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from xentile.sketch import LossSketch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -23,7 +25,8 @@ class CrossEntropyOutput(NamedTuple):
     lse: Tensor
     """logsumexp of the (scaled, capped) logits; 0 where the target is ignored."""
     predicted: Tensor
-    """The most probable token, the lowest index of ties; -1 where the target is ignored, -2 where it is out of range."""
+    """The most probable token, the lowest index of ties; -1 where the target is ignored, -2 where it is out of
+    range."""
     correct: Tensor
     """Whether the prediction is the target."""
     entropy: Tensor | None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,22 +13,26 @@ from xentile._autograd import recomputing
 from xentile._ops import ops
 from xentile.reference.sketch import extremes
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class LossSketch:
-    """A histogram of losses with 4096 log-linear bins between 2**-24 and 256 nats, exact counts, sum, minimum and maximum.
+    """A histogram of losses with 4096 log-linear bins between 2**-24 and 256 nats, exact counts, sum, minimum and
+    maximum.
 
-    Every quantile is within 2**-7 (0.78 %) of the exact one, or within 2**-24 nats; `quantile_bounds` encloses it. Counts, sums and
-    extremes are integers, so updates and merges in any order give the same bits. Nothing here waits for the device except
-    `summary` and `==`.
+    Every quantile is within 2**-7 (0.78 %) of the exact one, or within 2**-24 nats; `quantile_bounds` encloses it.
+    Counts, sums and extremes are integers, so updates and merges in any order give the same bits. Nothing here waits
+    for the device except `summary` and `==`.
 
     Args:
         device: where it lives; the device of the losses it counts.
-        groups: G >= 1 separate histograms (a domain, a position bucket), chosen by `group_ids`. With one group the read-outs are
-            scalars, or (Q,); with more they have a leading dimension G.
+        groups: G >= 1 separate histograms (a domain, a position bucket), chosen by `group_ids`. With one group the
+            read-outs are scalars, or (Q,); with more they have a leading dimension G.
 
     Attributes:
-        state: (G, WIDTH) int64, laid out as in xentile/_layout.py; all zeros when empty. Preallocated, changed in place only, so it
-            can be captured in a CUDA graph.
+        state: (G, WIDTH) int64, laid out as in xentile/_layout.py; all zeros when empty. Preallocated, changed in place
+            only, so it can be captured in a CUDA graph.
 
     Example:
         >>> sketch = LossSketch()
@@ -63,13 +66,16 @@ class LossSketch:
 
     @property
     def groups(self) -> int:
+        """G, the number of separate histograms."""
         return self.state.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the state lives."""
         return self.state.device
 
-    # ---------------------------------------------------------------------------------------------------------- counting
+    # ----------------------------------------------------------------------------------------------------------
+    # counting
 
     def update(self, values: Tensor, mask: Tensor | None = None, *, group_ids: Tensor | None = None) -> None:
         """Count losses of any shape and float dtype (nats), where `mask` (bool, same shape) holds.
@@ -107,17 +113,20 @@ class LossSketch:
         """Forget everything, in place."""
         self.state.zero_()
 
-    # --------------------------------------------------------------------------------------------------------- read-outs
+    # ---------------------------------------------------------------------------------------------------------
+    # read-outs
 
     def quantile(self, q: float | Sequence[float] | Tensor, *, interpolation: str = "linear") -> Tensor:
         """Quantiles q of the counted values, float32; the shape of q, after (G,) when there are groups.
 
         Args:
             q: in [0, 1]; a number, a sequence or a tensor of any shape.
-            interpolation: 'linear', 'lower', 'higher', 'nearest' or 'midpoint' between order statistics, as torch.quantile.
+            interpolation: 'linear', 'lower', 'higher', 'nearest' or 'midpoint' between order statistics, as
+                torch.quantile.
 
         Returns:
-            NaN where nothing was counted. q = 0 and q = 1 are the exact minimum and maximum. NaN values are left out (`nan_count`).
+            NaN where nothing was counted. q = 0 and q = 1 are the exact minimum and maximum. NaN values are left out
+            (`nan_count`).
         """
         return self._quantile(q, interpolation)[0]
 
@@ -158,7 +167,7 @@ class LossSketch:
         return self._per_group(self.state[:, layout.OUT_OF_RANGE] + self.state[:, layout.BAD_GROUP])
 
     def mean(self) -> Tensor:
-        """The mean, float64: the exact sum of the values, divided once. inf where one is; NaN where nothing was counted."""
+        """The mean, float64: the exact sum, divided once. inf if a value is; NaN where nothing was counted."""
         total = self.state[:, layout.SUM_HI].double() * 2.0**-20 + self.state[:, layout.SUM_LO].double() * 2.0**-48
         infinite = self.state[:, layout.INF]
         n = self.state[:, : layout.INF].sum(1) + infinite
@@ -191,9 +200,11 @@ class LossSketch:
 
         return sketch_summary(self)
 
-    # ------------------------------------------------------------------------------------------------------ as an object
+    # ------------------------------------------------------------------------------------------------------ as an
+    # object
 
     def clone(self) -> LossSketch:
+        """A copy that shares nothing."""
         return LossSketch.from_state(self.state.clone())
 
     def to(self, device: torch.device | str) -> LossSketch:
@@ -202,6 +213,7 @@ class LossSketch:
         return self if state is self.state else LossSketch.from_state(state)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the state, for torch.save."""
         return {"state": self.state.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The specification: every operation of xentile in plain PyTorch.
 
-It runs on any device and float dtype, is differentiable twice, and is what the tests hold the kernels to, what serves a device
-without kernels, and what a reader should read first. N rows (tokens), V columns (vocabulary), G groups, Q quantiles.
+It runs on any device and float dtype, is differentiable twice, and is what the tests hold the kernels to, what serves a
+device without kernels, and what a reader should read first. N rows (tokens), V columns (vocabulary), G groups, Q
+quantiles.
 """
 
 from xentile.reference.cross_entropy import (

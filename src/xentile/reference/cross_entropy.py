@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
 
 def transform(x: Tensor, logit_scale: float = 1.0, softcap: float = 0.0) -> Tensor:
-    """z = s * x, or cap * tanh(s * x / cap) when `softcap` is not 0."""
+    """Z = s * x, or cap * tanh(s * x / cap) when `softcap` is not 0."""
     z = x * logit_scale if logit_scale != 1.0 else x
     return softcap * torch.tanh(z / softcap) if softcap else z
 
@@ -57,7 +57,8 @@ def cross_entropy(
 
     With smoothing eps, class weights w (W = sum_j w_j), token weight u and lambda = z_loss, a row's training loss is
 
-        u * [(1 - eps) * w_t * CE + (eps / V) * (sum_j w_j (m - z_j) + W * log S) + lambda * lse^2],    S = sum_j exp(z_j - m)
+        u * [(1 - eps) * w_t * CE + (eps / V) * (sum_j w_j (m - z_j) + W * log S) + lambda * lse^2],    S = sum_j
+        exp(z_j - m)
 
     and the mean divides by `normalizer`, or by the sum of u * w_t over the tokens that count.
     """
@@ -129,8 +130,8 @@ def cross_entropy_gradient(
 ) -> Tensor:
     """The gradient in closed form, (N, V) in the dtype of logits: two numbers a row, and one at the target.
 
-    dx_j = (A p_j - C w_j) J_j,  p_j = exp(z_j - m) / S,  J_j = dz_j/dx_j,  and at the target, from 1 - p_t = -expm1(-CE),
-    dx_t = g [-(1 - eps) w_t (1 - p_t) + (eps / V) (W p_t - w_t) + 2 lambda lse p_t] J_t.
+    dx_j = (A p_j - C w_j) J_j,  p_j = exp(z_j - m) / S,  J_j = dz_j/dx_j,  and at the target, from 1 - p_t =
+    -expm1(-CE), dx_t = g [-(1 - eps) w_t (1 - p_t) + (eps / V) (W p_t - w_t) + 2 lambda lse p_t] J_t.
     """
     _, live, t, x = _rows(logits, target, ignore_index)
     size = x.shape[1]
@@ -168,9 +169,9 @@ def soft_cross_entropy(
 ) -> Terms:
     """Cross-entropy of logits (N, V) against class probabilities (N, V), differentiable in both.
 
-    A row's training loss is u * [-sum_j w_j q_j log p_j + lambda * lse^2] with q = (1 - eps) * probabilities + eps / V, where a term
-    with q_j = 0 is 0 also when log p_j = -inf. The mean divides by `normalizer` or N, as F.cross_entropy does.
-    Predictions are compared with the most probable class.
+    A row's training loss is u * [-sum_j w_j q_j log p_j + lambda * lse^2] with q = (1 - eps) * probabilities + eps / V,
+    where a term with q_j = 0 is 0 also when log p_j = -inf. The mean divides by `normalizer` or N, as F.cross_entropy
+    does. Predictions are compared with the most probable class.
     """
     acc = accumulation_dtype(logits.dtype)
     x, q = logits.to(acc), probabilities.to(acc)
@@ -215,7 +216,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """valid (N,), live (N,), a target that can be gathered (N,), and x (N, V) with ignored rows replaced by zeros."""
+    """Valid (N,), live (N,), a target that can be gathered (N,), and x (N, V) with ignored rows replaced by zeros."""
     target = target.long()
     valid = target != ignore_index
     live = valid & (target >= 0) & (target < logits.shape[1])

@@ -1,6 +1,8 @@
-"""The reference as operator kernels: the same signatures as the schemas in xentile/_ops.py, filling outputs in place."""
+"""The reference as operator kernels, with the signatures of the schemas in xentile/_ops.py: they fill their outputs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def cross_entropy(
     logit_scale: float,
     zero_if_empty: bool,
 ) -> None:
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     options |= {"softcap": softcap, "logit_scale": logit_scale}
     terms = reference.cross_entropy(
         logits,

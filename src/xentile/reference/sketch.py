@@ -1,4 +1,4 @@
-"""The loss sketch in plain PyTorch: counting values, and reading quantiles. The layout is described in xentile/_layout.py."""
+"""The loss sketch in plain PyTorch: counting values, and reading quantiles. Layout: xentile/_layout.py."""
 
 from __future__ import annotations
 
@@ -93,8 +93,9 @@ def sketch_quantile(sketch: Tensor, q: Tensor, interpolation: str) -> tuple[Tens
     """Estimate, lower and upper bound (G, Q) float32 of the quantiles q (Q,) float64 of each group.
 
     The order statistic of rank k in a bin [L, H) that holds c values, p of all values being below it, is estimated by
-    L + (H - L) * (k - p + 1/2) / c, or 0 below 2**-24; ranks 0 and n - 1 are the exact minimum and maximum, and no estimate
-    leaves [min, max]. The bounds are the lower edge of the lower rank's bin and the upper edge of the upper rank's.
+    L + (H - L) * (k - p + 1/2) / c, or 0 below 2**-24; ranks 0 and n - 1 are the exact minimum and maximum, and no
+    estimate leaves [min, max]. The bounds are the lower edge of the lower rank's bin and the upper edge of the upper
+    rank's.
     """
     counts, lower, upper = _buckets(sketch)
     cumulative = counts.cumsum(1)
@@ -131,7 +132,7 @@ def sketch_quantile(sketch: Tensor, q: Tensor, interpolation: str) -> tuple[Tens
 
 
 def _buckets(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts and edges (G, BINS + 3) of the buckets in the order of their values: below 2**-24, bins, above 2**8, +inf."""
+    """Counts, lower and upper edges (G, BINS + 3) of the buckets in the order of their values."""
     order = [layout.ZERO, *range(layout.BINS), layout.OVERFLOW, layout.INF]
     counts = sketch[:, order]
     edges = bin_edges(sketch.device).double()
