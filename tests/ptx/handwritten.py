@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from .interpreter import Counts, Kernel
-from .interpreter.scalars import Array
+
+if TYPE_CHECKING:
+    from .interpreter.scalars import Array
 
 THREADS = 64
 LANE = np.arange(THREADS, dtype=np.uint32) % 32

@@ -21,6 +21,13 @@ INDEX = np.arange(THREADS, dtype=np.uint32)
 NAN = np.full(THREADS, np.nan, np.float32)
 ZERO, ONE = 0 * X, 0 * X + 1
 
+
+def _bf16_greater(values: Array) -> Array:
+    """Whether the lower half of each word, read as bf16, exceeds the upper one."""
+    low, high = ((bits.astype(np.uint32) << 16).view(np.float32) for bits in values.view(np.uint16).reshape(-1, 2).T)
+    return low > high
+
+
 CASES = {
     "lop3": ("lop3.b32 %r3, %r2, %r1, 255, 0x96;", X, X ^ INDEX ^ 255),
     "popc": ("popc.b32 %r3, %r2;", X, [int(v).bit_count() for v in X]),
@@ -78,6 +85,39 @@ CASES = {
     "vote": ("setp.lt.u32 %p1, %r1, 5; vote.sync.ballot.b32 %r3, %p1, -1;", X, np.repeat([31, 0], 32)),
     "elect": ("elect.sync _|%p1, -1; selp.b32 %r3, 1, 0, %p1;", X, LANE == 0),
     "vector mov": ("mov.b32 {%h1, %h2}, %r2; mov.b32 %r3, {%h2, %h1};", X, X << 16 | X >> 16),
+    "ldmatrix": (
+        (
+            f"{ADDRESS} st.shared.b32 [%r5], %r2; bar.sync 0; mov.u32 %r7, %laneid; and.b32 %r8, %r7, 15;"
+            "mul.lo.s32 %r8, %r8, 16; add.s32 %r8, %r8, %r4;"
+            "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r3, %r9}, [%r8]; bar.sync 0; st.shared.b32 [%r5], %r9;"
+            "bar.sync 0; add.s32 %r3, %r3, %r9;"
+        ),
+        X,
+        np.tile(X[:32] + X[32:], 2),
+    ),
+    "ldmatrix.trans": (
+        (
+            f"{ADDRESS} st.shared.b32 [%r5], %r2; bar.sync 0; mov.u32 %r7, %laneid; and.b32 %r8, %r7, 7;"
+            "mul.lo.s32 %r8, %r8, 16; add.s32 %r8, %r8, %r4;"
+            "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r3}, [%r8];"
+        ),
+        X,
+        np.tile(np.ascontiguousarray(X[:32].view(np.uint16).reshape(8, 8).T).view(np.uint32).ravel(), 2),
+    ),
+    "stmatrix": (
+        (
+            f"{ADDRESS} mov.u32 %r7, %laneid; and.b32 %r8, %r7, 7; sub.s32 %r9, %r1, %r7; mad.lo.s32 %r8, %r8, 16, %r4;"
+            "mad.lo.s32 %r8, %r9, 4, %r8; stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%r8], {%r2}; bar.sync 0;"
+            "ld.shared.b32 %r3, [%r5];"
+        ),
+        X,
+        np.ascontiguousarray(X.view(np.uint16).reshape(2, 8, 8).swapaxes(1, 2)).view(np.uint32).ravel(),
+    ),
+    "bfloat16 compare": (
+        "mov.b32 {%h1, %h2}, %r2; setp.gt.bf16 %p1, %h1, %h2; selp.b32 %r3, 1, 0, %p1;",
+        F,
+        _bf16_greater(F),
+    ),
     "inner scope": ("{ .reg .b32 %r1; mov.b32 %r1, 7; } mov.b32 %r3, %r1;", X, INDEX),
     "loop of different length": (
         "mov.b32 %r3, 0;\nLOOP:\nsetp.ge.u32 %p1, %r3, %r1; @%p1 bra DONE; add.s32 %r3, %r3, 1; bra LOOP;\nDONE:\n",
@@ -108,6 +148,8 @@ WIDE = RNG.integers(0, 2**64, THREADS, dtype=np.uint64)
 SMALL = WIDE >> np.uint64(16)
 WIDE_CASES = {
     "mul.hi.u64": ("mul.hi.u64 %rd6, %rd5, %rd5;", WIDE, [int(v) * int(v) >> 64 for v in WIDE]),
+    "bfe.u64": ("bfe.u64 %rd6, %rd5, 40, 9;", WIDE, WIDE >> np.uint64(40) & np.uint64(511)),
+    "bfe.s64": ("bfe.s64 %rd6, %rd5, 40, 9;", WIDE, (WIDE.view(np.int64) << 15 >> 55).view(np.uint64)),
     "atomic max of int64": ("atom.global.max.s64 %rd6, [%rd3], %rd5; ld.global.b64 %rd6, [%rd3];", SMALL, SMALL),
     "float64 arithmetic": (
         (
@@ -177,7 +219,7 @@ def test_every_entry_of_the_table_has_an_implementation() -> None:
 def test_kernel_is_chosen_by_name() -> None:
     text = ".visible .entry first() .reqntid 32 { ret; } .visible .entry second() .reqntid 64 { ret; }"
     assert Kernel(text, "second").program.block == 64
-    with pytest.raises(ValueError, match="no .entry third"):
+    with pytest.raises(ValueError, match=r"no \.entry third"):
         Kernel(text, "third")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .scalars import DTYPES, UNSIGNED, Array, Mask
 from .syntax import Address, Group, Instruction, Operand, Parameter, UnsupportedPTX
-from .threads import Executor, Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .threads import Executor, Threads
 
 VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 
@@ -22,7 +26,7 @@ def _parts(operand: Operand, instruction: Instruction) -> tuple[Operand, ...]:
     return parts
 
 
-def _addresses(threads: Threads, operand: Operand, instruction: Instruction, mask: Mask) -> Array:
+def addresses(threads: Threads, operand: Operand, instruction: Instruction, mask: Mask) -> Array:
     """Byte addresses of the threads of `mask`."""
     if not isinstance(operand, Address):
         raise UnsupportedPTX(instruction.text)
@@ -41,7 +45,7 @@ def load_parameter(threads: Threads, instruction: Instruction, mask: Mask) -> No
 def load(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     destination, source = _without_cache_policy(instruction)
     parts, dtype = _parts(destination, instruction), DTYPES[instruction.types[0]]
-    address, size = _addresses(threads, source, instruction, mask), dtype.itemsize * len(parts)
+    address, size = addresses(threads, source, instruction, mask), dtype.itemsize * len(parts)
     memory = threads.launch.memory if instruction.has("global") else threads.shared
     columns = memory.load(address, size, threads.index[mask]).view(dtype)
     value = np.zeros(threads.count, dtype)
@@ -54,7 +58,7 @@ def store(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     destination, source = _without_cache_policy(instruction)
     kind = instruction.types[0]
     values = np.stack([threads.read(part, kind)[mask] for part in _parts(source, instruction)], 1).view(np.uint8)
-    address = _addresses(threads, destination, instruction, mask)
+    address = addresses(threads, destination, instruction, mask)
     memory = threads.launch.memory if instruction.has("global") else threads.shared
     memory.store(address, values, threads.index[mask])
 
@@ -87,7 +91,7 @@ def atomic(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     kind = instruction.types[0]
     if len(sources) != 1 + (name == "cas"):
         raise UnsupportedPTX(instruction.text)
-    address = _addresses(threads, destination, instruction, mask)
+    address = addresses(threads, destination, instruction, mask)
     if instruction.has("global"):
         cells = threads.launch.memory.cells(address, DTYPES[kind])
     else:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .scalars import SIGNED, UNSIGNED, Array, Mask, flush, fma_f32, fma_f64
 from .syntax import Instruction, Integer, UnsupportedPTX
-from .threads import Executor, Threads
+
+if TYPE_CHECKING:
+    from .threads import Executor, Threads
 
 Binary = Callable[[Array, Array], Array]
 
@@ -197,14 +200,17 @@ def permute_bytes(threads: Threads, instruction: Instruction, mask: Mask) -> Non
 def extract_bits(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     """bfe: `length` bits from `start`; the signed form repeats the top one."""
     destination, source, start_operand, length_operand = instruction.operands
-    value = threads.read(source, instruction.types[0]).astype(np.int64)
-    start = np.minimum(threads.read(start_operand, "u32") & 0xFF, 63).astype(np.int64)
-    length = np.minimum(threads.read(length_operand, "u32") & 0xFF, 32).astype(np.int64)
-    field = value >> start & (np.int64(1) << length) - 1
-    if instruction.types == ("s32",):
-        up = np.minimum(64 - length, 63)
-        field = np.where(length > 0, field << up >> up, 0)
-    threads.write(destination, field.astype(np.uint32), mask)
+    value = threads.read(source, instruction.types[0])
+    start, length = (threads.read(operand, "u32") & 0xFF for operand in (start_operand, length_operand))
+    if value.dtype.kind == "i":
+        shifted = value.astype(np.int64) >> np.minimum(start, 63).astype(np.int64)
+        up = np.clip(64 - length.astype(np.int64), 0, 63)
+        field = np.where(length > 0, shifted << up >> up, 0)
+    else:
+        shifted = np.where(start < 64, value.astype(np.uint64) >> np.minimum(start, 63).astype(np.uint64), 0)
+        ones = (np.uint64(1) << np.minimum(length, 63).astype(np.uint64)) - np.uint64(1)
+        field = np.where(length < 64, shifted & ones, shifted)
+    threads.write(destination, field.astype(value.dtype), mask)
 
 
 def count_bits(threads: Threads, instruction: Instruction, mask: Mask) -> None:

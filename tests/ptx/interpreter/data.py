@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .arithmetic import BINARY
-from .scalars import DTYPES, UNSIGNED, Array, Mask, bf16_to_f32, f32_to_bf16, flush
+from .scalars import DTYPES, UNSIGNED, Array, Mask, f32_to_bf16, flush
 from .syntax import Group, Instruction, UnsupportedPTX
-from .threads import Executor, Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .threads import Executor, Threads
 
 COMPARE: dict[str, Callable[[Array, Array], Mask]] = {
     **dict.fromkeys(("eq",), np.equal),
@@ -29,8 +32,6 @@ def set_predicate(threads: Threads, instruction: Instruction, mask: Mask) -> Non
     destination, first, second, *combined = instruction.operands
     relation, *combination = (modifier for modifier in instruction.modifiers if modifier != "ftz")
     a, b = (threads.read(operand, instruction.types[0]) for operand in (first, second))
-    if instruction.types == ("bf16",):
-        a, b = bf16_to_f32(a), bf16_to_f32(b)
     if instruction.has("ftz"):
         a, b = flush(a), flush(b)
     result = _compare(relation, a, b)

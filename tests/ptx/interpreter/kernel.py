@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from .memory import ARGUMENT_SPACING, WARP, Counts, GlobalMemory
 from .parser import parse
 from .scalars import DTYPES, UNSIGNED, Array
 from .threads import Executor, Launch, Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 EXECUTORS: dict[str, Executor] = {**arithmetic.EXECUTORS, **data.EXECUTORS, **access.EXECUTORS, **warp.EXECUTORS}
 THREADS_AT_ONCE = 8192  # enough to amortise numpy's cost a call; more would leave the processor's cache

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .scalars import Array, Mask
 from .syntax import MemoryFault, SharedMemoryRace
+
+if TYPE_CHECKING:
+    from .scalars import Array, Mask
 
 ARGUMENT_SPACING = 1 << 44  # bytes between the addresses of two arguments
 ALIGNMENT = 256  # bytes
@@ -178,8 +180,8 @@ class SharedMemory:
     """The shared memory of the blocks that run together, with a check for missing barriers.
 
     Two accesses of one byte by different threads, one of them storing a new value, need a barrier of the block between
-    them; inside one warp a warp barrier is enough. Lanes of one warp that store to one address in one instruction do not
-    race: the hardware lets one win.
+    them; inside one warp a warp barrier is enough. Lanes of one warp that store to one address in one instruction do
+    not race: the hardware lets one win.
     """
 
     def __init__(self, blocks: int, size: int, block: int) -> None:

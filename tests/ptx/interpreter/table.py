@@ -66,7 +66,7 @@ _ENTRIES: dict[str, tuple[str, str]] = {
     "shf.r": ("wrap clamp", "b32"),
     "lop3": ("", "b32"),
     "prmt": ("", "b32"),
-    "bfe": ("", "u32 s32"),
+    "bfe": ("", "u32 s32 u64 s64"),
     "popc": ("", "b32 b64"),
     "clz": ("", "b32 b64"),
     "brev": ("", "b32 b64"),
@@ -106,6 +106,8 @@ _ENTRIES: dict[str, tuple[str, str]] = {
     "vote.sync": ("ballot any all", "b32 pred"),
     "redux.sync": ("add min max and or xor abs NaN", "u32 s32 b32 f32"),
     "elect.sync": ("", ""),
+    "ldmatrix.sync": ("aligned m8n8 x1 x2 x4 trans shared shared::cta", "b16"),
+    "stmatrix.sync": ("aligned m8n8 x1 x2 x4 trans shared shared::cta", "b16"),
     # no effect in this model: one thread's accesses are seen by all at once, caches do not exist
     "membar": (f"gl {SCOPE}", ""),
     "fence": (f"sc proxy async {SCOPE}", ""),

@@ -6,9 +6,8 @@ those at the lowest program counter go first, so divergent paths meet again wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -30,8 +29,13 @@ from .syntax import (
     UnsupportedPTX,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 BLOCK_BARRIERS = frozenset({"bar.sync", "barrier.sync"})
-WARP_BARRIERS = frozenset({"bar.warp", "shfl.sync", "vote.sync", "redux.sync", "elect.sync"})
+WARP_BARRIERS = frozenset(
+    {"bar.warp", "shfl.sync", "vote.sync", "redux.sync", "elect.sync", "ldmatrix.sync", "stmatrix.sync"}
+)
 MEETINGS = BLOCK_BARRIERS | WARP_BARRIERS
 JUMPS = frozenset({"bra", "ret", "exit"})
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from .access import addresses
 from .arithmetic import BINARY, NAN_PROPAGATING
 from .memory import WARP
-from .scalars import Array, Mask
 from .syntax import Discard, Group, Instruction, Label, Operand, UnsupportedPTX
 from .table import WITHOUT_EFFECT
 from .threads import BLOCK_BARRIERS, Executor, Threads
+
+if TYPE_CHECKING:
+    from .scalars import Array, Mask
 
 ALL_LANES = 0xFFFFFFFF
 SEGMENT = {"up": 0, "down": 31, "bfly": 31, "idx": 31}  # the operand that says: the whole warp is one segment
@@ -86,6 +91,51 @@ def elect(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     threads.write(predicate, threads.lane == 0, mask)
 
 
+def _matrices(instruction: Instruction, registers: Operand) -> tuple[Operand, ...]:
+    """The registers of an ldmatrix or stmatrix, one for each matrix of 8 rows of 8 elements of 16 bits."""
+    parts = registers.parts if isinstance(registers, Group) else (registers,)
+    if not instruction.has("m8n8") or not instruction.has(f"x{len(parts)}"):
+        raise UnsupportedPTX(instruction.text)
+    return parts
+
+
+def _row_givers(threads: Threads, instruction: Instruction, count: int, mask: Mask) -> Mask:
+    """Who gives the address of a matrix row: the first 8 lanes those of the first matrix, and so on."""
+    lanes = mask.reshape(-1, WARP)
+    if (lanes.any(1) & ~lanes.all(1)).any():
+        raise UnsupportedPTX(f"not all 32 threads of the warp take part: {instruction.text}")
+    return mask & (threads.lane < 8 * count)
+
+
+def _transposed(matrices: Array, instruction: Instruction) -> Array:
+    return np.swapaxes(matrices, -1, -2) if instruction.has("trans") else matrices
+
+
+def load_matrix(threads: Threads, instruction: Instruction, mask: Mask) -> None:
+    """ldmatrix: lane 4r + c gets elements 2c and 2c + 1 of row r of each matrix."""
+    destination, source = instruction.operands
+    parts = _matrices(instruction, destination)
+    givers = _row_givers(threads, instruction, len(parts), mask)
+    address = addresses(threads, source, instruction, givers)
+    rows = threads.shared.load(address, 16, threads.index[givers]).view(np.uint16).reshape(-1, len(parts), 8, 8)
+    fragments = np.ascontiguousarray(_transposed(rows, instruction)).view(np.uint32)  # (warps, matrices, 8, 4)
+    value = np.zeros(threads.count, np.uint32)
+    for matrix, register in enumerate(parts):
+        value[mask] = fragments[:, matrix].reshape(-1)
+        threads.write(register, value, mask)
+
+
+def store_matrix(threads: Threads, instruction: Instruction, mask: Mask) -> None:
+    """stmatrix: the opposite of ldmatrix."""
+    destination, source = instruction.operands
+    parts = _matrices(instruction, source)
+    givers = _row_givers(threads, instruction, len(parts), mask)
+    fragments = np.stack([threads.read(part, "b32")[mask].reshape(-1, 8, 4) for part in parts], 1)
+    rows = np.ascontiguousarray(_transposed(np.ascontiguousarray(fragments).view(np.uint16), instruction))
+    address = addresses(threads, destination, instruction, givers)
+    threads.shared.store(address, rows.view(np.uint8).reshape(-1, 16), threads.index[givers])
+
+
 EXECUTORS: dict[str, Executor] = {
     "bra": branch,
     **dict.fromkeys(("ret", "exit"), leave),
@@ -94,4 +144,6 @@ EXECUTORS: dict[str, Executor] = {
     "redux.sync": reduce,
     "vote.sync": vote,
     "elect.sync": elect,
+    "ldmatrix.sync": load_matrix,
+    "stmatrix.sync": store_matrix,
 }

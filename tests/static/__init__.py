@@ -1,0 +1,1 @@
+"""What the compiled kernels cost, read from their machine code: no GPU."""

@@ -1,0 +1,76 @@
+"""Numbers of one compiled kernel: what the budget, the baseline and the table are made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import machine_code
+
+if TYPE_CHECKING:
+    from .machine_code import Loop
+    from .targets import Target
+
+
+class LoopCost(NamedTuple):
+    """The hot loop of one phase, per element of the row that it streams."""
+
+    instructions: float
+    special: float
+    load_width: int
+    """Bytes of the narrowest load; likewise the store."""
+    store_width: int
+
+
+class Cost(NamedTuple):
+    registers: int
+    spills: int
+    shared: int
+    fences: int
+    reading: LoopCost | None
+    writing: LoopCost | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            name: value._asdict() if isinstance(value, LoopCost) else value
+            for name, value in self._asdict().items()
+            if value is not None
+        }
+
+
+def measure(compiled: Any, element_bytes: int) -> Cost:
+    code = machine_code.read(compiled)
+    return Cost(
+        code.registers,
+        code.spills,
+        code.shared,
+        code.fences,
+        _hottest(code.reading_loops(), element_bytes),
+        _hottest(code.writing_loops(), element_bytes),
+    )
+
+
+def _hottest(loops: list[Loop], element_bytes: int) -> LoopCost | None:
+    """The loop that streams most bytes in an iteration."""
+    if not loops:
+        return None
+    loop = max(loops, key=lambda loop: loop.bytes_loaded)
+    elements = loop.bytes_loaded / element_bytes
+    return LoopCost(
+        round(loop.instructions / elements, 3),
+        round(loop.special / elements, 4),
+        min(loop.loads),
+        min(loop.stores, default=0),
+    )
+
+
+def predicted_fraction(loop: LoopCost, bytes_moved: int, target: Target) -> float:
+    """A PREDICTION of the fraction of memory bandwidth that the loop reaches: 1 where memory is what limits it.
+
+    The loop takes the longest of moving the bytes, issuing the instructions and computing the exponentials. Latency,
+    occupancy, caches and the rest of the kernel are not in it.
+    """
+    clocks = target.processors * target.gigahertz * 1e9
+    memory = bytes_moved / (target.terabytes * 1e12)
+    issue = loop.instructions / (clocks * target.lanes)
+    special = loop.special / (clocks * target.special_lanes)
+    return memory / max(memory, issue, special)
