@@ -44,6 +44,9 @@ def loss_and_gradient(function: Any, logits: Tensor, dtype: torch.dtype) -> tupl
 
 def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor, *, what: str = "") -> None:
     """|actual - exact| <= 2 * (largest error of eager) + one rounding in the dtype of actual."""
+    if actual.dtype == torch.float64:  # the oracle itself is no more exact than this
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-14, equal_nan=True)
+        return
     finite = torch.finfo(actual.dtype)
     error, reference = (actual.double() - exact).abs(), (eager.double() - exact).abs()
     band = exact.abs() * finite.eps + finite.smallest_normal * finite.eps

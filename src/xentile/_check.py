@@ -55,13 +55,22 @@ def fraction(value: Any, name: str) -> float:
 def integer(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in int64, got {value}")
     return value  # type: ignore[return-value]
 
 
-def same_device(logits: Tensor, **others: Tensor | None) -> None:
+def names(values: Any, name: str, choices: tuple[str, ...]) -> None:
+    if isinstance(values, str) or not isinstance(values, (tuple, list, set, frozenset)):
+        raise TypeError(f"{name} must be a tuple of names out of {choices}, got {values!r}")
+    for value in values:
+        one_of(value, name, choices)
+
+
+def same_device(owner: Tensor, owner_name: str, **others: Tensor | None) -> None:
     for name, value in others.items():
-        if value is not None and value.device != logits.device:
-            raise RuntimeError(f"{name} must be on the device of logits, {logits.device}, got {value.device}")
+        if value is not None and value.device != owner.device:
+            raise RuntimeError(f"{name} must be on the device of {owner_name}, {owner.device}, got {value.device}")
 
 
 def logits_and_target(logits: Any, target: Any) -> bool:
@@ -71,6 +80,8 @@ def logits_and_target(logits: Any, target: Any) -> bool:
         raise NotImplementedError(f"logits must be float32, bfloat16, float16 or float64, got {_name(logits.dtype)}")
     if logits.dim() == 0:
         raise IndexError("logits must have at least 1 dimension, (V), (N, V) or (N, V, d1, ...), got 0")
+    if logits.shape[min(logits.dim() - 1, 1)] == 0:
+        raise IndexError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
     if target.shape == logits.shape and (target.is_floating_point() or target.dim() > 1):
         if not target.is_floating_point():
             raise RuntimeError(
@@ -82,18 +93,22 @@ def logits_and_target(logits: Any, target: Any) -> bool:
 
 
 def _index_target(logits: Tensor, target: Tensor) -> None:
+    """The order of the checks is that of F.cross_entropy: batch size, shape, dtype."""
+    got = tuple(target.shape)
+    if logits.dim() == 1:
+        if target.dim() > 1:
+            raise RuntimeError(f"target must have shape () or (1,) for logits of shape (V), got {got}")
+        if target.numel() != 1:
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+    else:
+        expected = (logits.shape[0], *logits.shape[2:])
+        if not got or got[0] != expected[0]:
+            batch = got[0] if got else 0
+            raise ValueError(f"Expected input batch_size ({expected[0]}) to match target batch_size ({batch}).")
+        if got != expected:
+            raise RuntimeError(f"Expected target size {list(expected)}, got {list(got)}")
     if target.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise RuntimeError(f"expected target dtype to be Long, Int or Byte, but got {_name(target.dtype)}")
-    if logits.dim() == 1:
-        if target.dim() > 1 or target.numel() != 1:
-            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {tuple(target.shape)}")
-        return
-    expected = (logits.shape[0], *logits.shape[2:])
-    if target.dim() == 0 or (target.dim() == 1 and logits.dim() == 2 and target.shape[0] != expected[0]):
-        got = target.shape[0] if target.dim() else 0
-        raise ValueError(f"Expected input batch_size ({expected[0]}) to match target batch_size ({got}).")
-    if tuple(target.shape) != expected:
-        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
 
 
 def class_weight(weight: Any, size: int) -> None:
@@ -115,18 +130,21 @@ def token_weight(weight: Any, shape: tuple[int, ...]) -> None:
     _floating(weight, "token_weight")
 
 
-def normalizer(value: Any, reduction: str) -> None:
+def normalizer(value: Any, reduction: str, device: torch.device) -> None:
     if value is None:
         return
     if reduction != "mean":
         raise ValueError(
             f"normalizer replaces what the mean divides by, so reduction must be 'mean', got {reduction!r}"
         )
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    else:
+    if not isinstance(value, Tensor):
         number(value, "normalizer")
+    elif value.dim() != 0:
+        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    elif value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"normalizer must be a real number, got {_name(value.dtype)}")
+    elif value.device not in (device, torch.device("cpu")):
+        raise RuntimeError(f"normalizer must be on the device of logits, {device}, or on the CPU, got {value.device}")
 
 
 def group_ids(ids: Any, shape: tuple[int, ...], sketch: Any) -> None:
@@ -162,8 +180,8 @@ def target_range(target: Tensor, size: int, ignore_index: int, *, wait: bool = F
 
 
 def instance(value: Any, name: str, kind: type) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 def soft_target(soft: bool, ignore_index: int, inplace: bool) -> None:
@@ -181,7 +199,8 @@ def inplace(wanted: bool, logits: Tensor) -> None:
             "inplace=True needs contiguous logits of shape (V) or (N, V), "
             f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
         )
-    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "inplace=True would overwrite logits, a leaf that requires grad: its value is needed by its owner"
         )
@@ -194,6 +213,8 @@ def quantiles(q: Any, device: torch.device) -> Tensor:
             raise TypeError(f"q must be a floating point tensor, got {_name(q.dtype)}")
         return q.to(device=device, dtype=torch.float64)
     scalar = isinstance(q, (int, float))
+    if not scalar and (isinstance(q, str) or not hasattr(q, "__iter__")):
+        raise TypeError(f"q must be a number, a sequence of numbers or a tensor, got {type(q).__name__}")
     values = [number(value, "q") for value in ([q] if scalar else q)]
     for value in values:
         if not 0 <= value <= 1:

@@ -62,11 +62,12 @@ def cross_entropy(
         softcap: c > 0 bounds the logits to (-c, c) (Gemma 2, arXiv 2408.00118, section 2). None leaves them as they
             are.
         logit_scale: s > 0, an inverse temperature.
-        token_weight: the shape of target, a weight for each token.
+        token_weight: the shape of an index target, a weight for each token.
         normalizer: what 'mean' divides by, instead of the sum of the weights of the tokens that count: a number or a
             0-d tensor (the `num_items_in_batch` of a trainer that accumulates gradients).
         all_ignored: a mean over no token is 'nan', as in PyTorch, or 'zero' with zero gradients.
-        group_ids: the shape of target, the row of the sketch that counts a token (its domain, its position bucket).
+        group_ids: the shape of an index target, the row of the sketch that counts a token (its domain, its position
+            bucket).
         sketch: a LossSketch to count this batch in, in the same launch. Recomputation under activation checkpointing is
             not counted.
         stats: any of 'entropy' and 'target_rank', computed in the same pass.
@@ -92,31 +93,20 @@ def cross_entropy(
         tensor([0.1269, 1.3133])
     """
     soft = _check.logits_and_target(logits, target)
+    options = checked_options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, all_ignored)
     vocab_dim = min(logits.dim() - 1, 1)
     size = logits.shape[vocab_dim]
-    token_shape = tuple(target.shape) if not soft else (*logits.shape[:vocab_dim], *logits.shape[vocab_dim + 1 :])
-    _check.one_of(reduction, "reduction", _layout.REDUCTIONS)
-    _check.one_of(all_ignored, "all_ignored", ("nan", "zero"))
-    for name in stats:
-        _check.one_of(name, "stats", STATS)
+    token_shape = (*logits.shape[:vocab_dim], *logits.shape[vocab_dim + 1 :])
+    _check.names(stats, "stats", STATS)
     _check.class_weight(weight, size)
     _check.token_weight(token_weight, token_shape)
-    _check.normalizer(normalizer, reduction)
-    _check.instance(sketch, "sketch", LossSketch)
+    _check.normalizer(normalizer, reduction, logits.device)
+    if sketch is not None:
+        _check.instance(sketch, "sketch", LossSketch)
     _check.group_ids(group_ids, token_shape, sketch)
     state = sketch.state if sketch is not None else None
-    _check.same_device(
-        logits, target=target, weight=weight, token_weight=token_weight, group_ids=group_ids, sketch=state
-    )
-    options = Options(
-        ignore_index=_check.integer(ignore_index, "ignore_index"),
-        reduction=_layout.REDUCTIONS.index(reduction),
-        label_smoothing=_check.fraction(label_smoothing, "label_smoothing"),
-        z_loss=_check.at_least_zero(z_loss, "z_loss"),
-        softcap=0.0 if softcap is None else _check.positive(softcap, "softcap"),
-        logit_scale=_check.positive(logit_scale, "logit_scale"),
-        zero_if_empty=all_ignored == "zero",
-    )
+    tensors = {"target": target, "weight": weight, "token_weight": token_weight, "group_ids": group_ids}
+    _check.same_device(logits, "logits", **tensors, sketch=state)
     _check.soft_target(soft, ignore_index, inplace)
     _check.inplace(inplace, logits)
 
@@ -140,6 +130,29 @@ def cross_entropy(
         loss = loss.reshape(token_shape)
     shaped: Any = (None if t is None else t.reshape(token_shape) for t in per_token)
     return CrossEntropyOutput(loss, *shaped)
+
+
+def checked_options(
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    all_ignored: str = "nan",
+) -> Options:
+    """The scalar arguments as the operators take them, or an error that names the one that is wrong."""
+    _check.one_of(reduction, "reduction", _layout.REDUCTIONS)
+    _check.one_of(all_ignored, "all_ignored", ("nan", "zero"))
+    return Options(
+        ignore_index=_check.integer(ignore_index, "ignore_index"),
+        reduction=_layout.REDUCTIONS.index(reduction),
+        label_smoothing=_check.fraction(label_smoothing, "label_smoothing"),
+        z_loss=_check.at_least_zero(z_loss, "z_loss"),
+        softcap=0.0 if softcap is None else _check.positive(softcap, "softcap"),
+        logit_scale=_check.positive(logit_scale, "logit_scale"),
+        zero_if_empty=all_ignored == "zero",
+    )
 
 
 def _rows(x: Tensor, vocab_dim: int, size: int) -> Tensor:

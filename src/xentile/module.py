@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from xentile import _check, _layout
-from xentile.cross_entropy import cross_entropy
+from xentile.cross_entropy import checked_options, cross_entropy
 from xentile.sketch import LossSketch
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ class CrossEntropyLoss(nn.Module):
     Args:
         weight: (V), a weight for each class.
         groups: rows of the sketch, chosen by `group_ids`.
-        **options: the keyword arguments of `xentile.cross_entropy` that are not tensors, with its defaults:
-            ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, all_ignored, inplace, check.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, all_ignored, inplace, check: as in
+            `xentile.cross_entropy`; attributes of the same names may be changed later.
 
     Example:
         >>> criterion = CrossEntropyLoss(label_smoothing=0.1)
@@ -35,29 +34,35 @@ class CrossEntropyLoss(nn.Module):
         tensor(1.3863)
     """
 
-    OPTIONS = (
-        "ignore_index",
-        "reduction",
-        "label_smoothing",
-        "z_loss",
-        "softcap",
-        "logit_scale",
-        "all_ignored",
-        "inplace",
-        "check",
-    )
     weight: Tensor | None
     sketch_state: Tensor
 
-    def __init__(self, weight: Tensor | None = None, *, groups: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        all_ignored: str = "nan",
+        groups: int = 1,
+        inplace: bool = False,
+        check: bool = False,
+    ) -> None:
         super().__init__()
-        unknown = sorted(options.keys() - set(self.OPTIONS))
-        if unknown:
-            raise TypeError(f"CrossEntropyLoss has no option {unknown[0]!r}: expected one of {', '.join(self.OPTIONS)}")
-        _check.one_of(options.get("reduction", "mean"), "reduction", _layout.REDUCTIONS)
-        self.options = options
+        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+        self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+        self.all_ignored, self.inplace, self.check = all_ignored, inplace, check
+        checked_options(**self._options())  # wrong options fail here, not at the first batch
         self.register_buffer("weight", weight)
         self.register_buffer("sketch_state", LossSketch(groups=groups).state)
+
+    def _options(self) -> dict[str, Any]:
+        names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "logit_scale", "all_ignored")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def sketch(self) -> LossSketch:
@@ -70,8 +75,10 @@ class CrossEntropyLoss(nn.Module):
 
     def full(self, logits: Tensor, target: Tensor, **tensors: Any) -> CrossEntropyOutput:
         """Everything `xentile.cross_entropy` returns; also takes `stats`."""
-        return cross_entropy(logits, target, self.weight, sketch=self.sketch, **self.options, **tensors)
+        options = self._options() | {"inplace": self.inplace, "check": self.check}
+        return cross_entropy(logits, target, self.weight, sketch=self.sketch, **options, **tensors)
 
     def extra_repr(self) -> str:
-        """The options that were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        """The options, and the number of groups."""
+        options = self._options() | {"groups": self.sketch_state.shape[0]}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())

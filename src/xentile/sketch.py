@@ -60,6 +60,8 @@ class LossSketch:
             raise TypeError(f"state must be int64, got {state.dtype}")
         if state.dim() != 2 or state.shape[0] < 1 or state.shape[1] != layout.WIDTH:
             raise ValueError(f"state must have shape (G, {layout.WIDTH}), got {tuple(state.shape)}")
+        if not state.is_contiguous():
+            raise ValueError(f"state must be contiguous, got strides {state.stride()}")
         sketch = cls.__new__(cls)
         sketch.state = state
         return sketch
@@ -91,7 +93,7 @@ class LossSketch:
             if mask.shape != values.shape:
                 raise ValueError(f"mask must have the shape of values, {tuple(values.shape)}, got {tuple(mask.shape)}")
         _check.group_ids(group_ids, tuple(values.shape), self)
-        _check.same_device(self.state, values=values, mask=mask, group_ids=group_ids)
+        _check.same_device(self.state, "the sketch", values=values, mask=mask, group_ids=group_ids)
         ids = None if group_ids is None else group_ids.reshape(-1).to(torch.int64).contiguous()
         _check.group_range(ids, self.groups)
         if recomputing():
@@ -218,6 +220,7 @@ class LossSketch:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace the counts, in place. The number of groups must agree."""
+        _check.instance(state_dict, "state_dict", dict)
         if set(state_dict) != {"state"}:
             raise ValueError(f"state_dict must have the one key 'state', got {sorted(state_dict)}")
         state = LossSketch.from_state(state_dict["state"]).state
