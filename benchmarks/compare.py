@@ -12,13 +12,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.cases import Case, quick
 from benchmarks.provenance import REPOSITORY, commit
 from benchmarks.timing import Clock, Step, interleave, ratio, spread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 ROUNDS = 31
 
@@ -63,7 +66,9 @@ def installed(reference: str) -> Iterator[tuple[str, Path]]:
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(source), reference], check=True)
         try:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-            subprocess.run([*pip, "--target", str(site), str(source)], check=True)
+            # A base that fell back to plain PyTorch would lose every comparison.
+            native = os.environ | {"XENTILE_REQUIRE_NATIVE": "1"}
+            subprocess.run([*pip, "--target", str(site), str(source)], check=True, env=native)
             head = subprocess.run(
                 ["git", "-C", str(source), "rev-parse", "--short=12", "HEAD"],
                 check=True,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +18,9 @@ from benchmarks.providers import Provider, build
 from benchmarks.step import STEPS, Loss
 from benchmarks.timing import Spread, Step, clock_for, interleave, ratio, spread
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 Row = dict[str, Any]
 Inputs = list[tuple[Tensor, Tensor]]
 IGNORED_IN_GATE = 0.05  # the timed inputs have none: rows that nobody reads would flatter everybody
@@ -28,10 +30,10 @@ IGNORED_IN_GATE = 0.05  # the timed inputs have none: rows that nobody reads wou
 class Plan:
     """How long to measure. The rounds fill `seconds`, within the limits."""
 
-    seconds: float = 15.0
+    seconds: float = 10.0
     min_rounds: int = 7
     max_rounds: int = 301
-    pair_seconds: float = 30.0
+    pair_seconds: float = 20.0
     pair_min_rounds: int = 41
 
     def rounds(self, round_seconds: float) -> int:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.measure import Row
 from benchmarks.results import RESULTS, load
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
+    from pathlib import Path
+    from collections.abc import Sequence
 
 FIGURE = "speed.png"
 BARS = {"xentile": "#2a6fdb", "torch.compile": "#8a8f98", "torch.eager": "#c9ccd1"}

@@ -7,16 +7,18 @@ Packages are imported only when asked for: none is needed to benchmark the other
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.step import Loss
+
+if TYPE_CHECKING:
+    from benchmarks.cases import Case
+    from benchmarks.step import Loss
+    from collections.abc import Callable, Sequence
 
 
 class Unavailable(Exception):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.measure import Row
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
+    from collections.abc import Iterable
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

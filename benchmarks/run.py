@@ -8,9 +8,9 @@ are listed with the reason.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,10 @@ from benchmarks.cases import quick, select
 from benchmarks.measure import QUICK, Plan, Row, measure, release
 from benchmarks.provenance import provenance, slug
 from benchmarks.providers import named
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -80,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.base:
         from benchmarks.compare import compare  # builds another commit: only when asked
 
-        return compare(options.base, cases, options.quick, options.threads)
+        try:
+            return compare(options.base, cases, options.quick, options.threads)
+        except subprocess.CalledProcessError as error:
+            print(f"{options.base} could not be checked out and built: {error}", file=sys.stderr)
+            return 2
     if not cases:
         print(f"no case with tag {options.cases} matches {options.filter}", file=sys.stderr)
         return 2

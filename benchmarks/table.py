@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.measure import Row
 from benchmarks.results import RESULTS, load
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
+    from pathlib import Path
+    from collections.abc import Sequence
 
 README = RESULTS.parent.parent / "README.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.measure import Row
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,10 @@ from benchmarks.providers import Provider, build, named
 from benchmarks.run import header, line
 from benchmarks.step import Loss, training
 from benchmarks.timing import interleave, ratio, spread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SMALL = Case("resnet50", 64, "float32", "training", ("headline",))
 PLAN = Plan(seconds=0.01, min_rounds=3, max_rounds=3, pair_min_rounds=3)
