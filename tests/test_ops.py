@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from oracle import DTYPES, loss_and_gradient, sample
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import xentile as xt
 from xentile import _layout as layout
@@ -152,6 +153,27 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+
+
+def test_a_forward_on_a_gpu_reads_no_value_back() -> None:
+    """Fake CUDA tensors have no values: whatever waits for the device raises. (Backward needs a driver: next test.)"""
+    with torch._subclasses.FakeTensorMode():
+        logits, target = torch.randn(8, 10, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+        sketch = xt.LossSketch("cuda", groups=2)
+        options = {"normalizer": 12, "token_weight": torch.rand(8, device="cuda"), "group_ids": target}
+        out = xt.cross_entropy(logits, target, sketch=sketch, stats=("entropy", "target_rank"), **options)
+        for read in (out.quantile([0.1, 0.5]), out.out_of_range, sketch.quantile(0.5)):
+            assert read.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            out.out_of_range.item()
+
+
+def test_a_training_step_reads_no_value_back() -> None:
+    with torch._subclasses.FakeTensorMode():
+        logits, target = torch.randn(8, 10, requires_grad=True), torch.zeros(8, dtype=torch.int64)
+        for reduction in ("mean", "none"):
+            xt.cross_entropy(logits, target, sketch=xt.LossSketch(), reduction=reduction).loss.sum().backward()
+        assert logits.grad is not None
 
 
 def test_vmap_equals_a_loop() -> None:

@@ -222,7 +222,7 @@ def quantiles(q: Any, device: torch.device) -> Tensor:
     # filled on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph
     parts = [torch.full((1,), value, dtype=torch.float64, device=device) for value in values]
     result = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=device)
-    return result[0] if scalar else result
+    return result.reshape(()) if scalar else result
 
 
 def _values_hidden() -> bool:
