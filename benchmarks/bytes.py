@@ -15,15 +15,15 @@ with the allocator in use.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from typing import TYPE_CHECKING
-
 if TYPE_CHECKING:
-    from benchmarks.cases import Case
     from collections.abc import Callable
+
+    from benchmarks.cases import Case
 
 ROOF_OF = {"forward": "read", "training": "copy"}
 ROOF_TENSORS = {"read": 1, "write": 1, "copy": 2, "clone": 2}  # tensors of N*V*b bytes that pass through memory

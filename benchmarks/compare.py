@@ -14,11 +14,11 @@ import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.cases import Case, quick
 from benchmarks.provenance import REPOSITORY, commit
 from benchmarks.timing import Clock, Step, interleave, ratio, spread
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

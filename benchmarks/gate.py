@@ -11,17 +11,18 @@ difference. The contract is ours. A peer is refused, and gets no time, only when
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from benchmarks.step import STEPS, Loss
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.providers import Provider
-    from benchmarks.cases import Case
     from collections.abc import Iterator, Sequence
+
+    from benchmarks.cases import Case
+    from benchmarks.providers import Provider
 
 PEER_SLACK = 16
 COMPARED_ELEMENTS = 1 << 25  # of the gradient, in rows drawn at random; the loss is compared over all tokens

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-
-from benchmarks.results import RESULTS, load
 from typing import TYPE_CHECKING
 
+from benchmarks.results import RESULTS, load
+
 if TYPE_CHECKING:
-    from benchmarks.measure import Row
-    from pathlib import Path
     from collections.abc import Sequence
+    from pathlib import Path
+
+    from benchmarks.measure import Row
 
 FIGURE = "speed.png"
 BARS = {"xentile": "#2a6fdb", "torch.compile": "#8a8f98", "torch.eager": "#c9ccd1"}

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from benchmarks.cases import Case
     from benchmarks.step import Loss
-    from collections.abc import Callable, Sequence
 
 
 class Unavailable(Exception):

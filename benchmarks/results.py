@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.measure import Row
     from collections.abc import Iterable
+
+    from benchmarks.measure import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

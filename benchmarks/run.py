@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +21,6 @@ from benchmarks.cases import quick, select
 from benchmarks.measure import QUICK, Plan, Row, measure, release
 from benchmarks.provenance import provenance, slug
 from benchmarks.providers import named
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-
-from benchmarks.results import RESULTS, load
 from typing import TYPE_CHECKING
 
+from benchmarks.results import RESULTS, load
+
 if TYPE_CHECKING:
-    from benchmarks.measure import Row
-    from pathlib import Path
     from collections.abc import Sequence
+    from pathlib import Path
+
+    from benchmarks.measure import Row
 
 README = RESULTS.parent.parent / "README.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.measure import Row
     from collections.abc import Callable, Sequence
+
+    from benchmarks.measure import Row
 
 
 @dataclass(frozen=True)

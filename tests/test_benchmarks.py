@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from benchmarks.providers import Provider, build, named
 from benchmarks.run import header, line
 from benchmarks.step import Loss, training
 from benchmarks.timing import interleave, ratio, spread
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
