@@ -1,0 +1,107 @@
+"""How many programs of how many threads: pure functions of the shape, the dtype and the device, with the reasons beside the numbers.
+
+Nothing is tuned at run time: a choice depends on nothing that is measured, so a launch is the same in every process and in every
+CUDA graph. The reasons are counts of bytes, registers and threads; no number here was found by timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+ELEMENTS_PER_THREAD = 32
+"""Of a tile: four 16-byte loads in flight a thread for 16-bit logits, eight for float32, in about 64 registers."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choices depend on. arch: compute capability (90), or the name of an AMD GPU."""
+
+    arch: int | str = 90
+    warp_size: int = 32
+    processors: int = 132
+    l2_bytes: int = 50 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A launch over rows. block: columns a tile; splits: programs a row; resident: the row stays in registers."""
+
+    block: int
+    threads: int
+    splits: int = 1
+    resident: bool = False
+
+
+# (processors, bytes of L2) of a well-known GPU of each architecture, where the real device can't be asked.
+_TYPICAL = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20), 120: (170, 96 << 20), "gfx942": (304, 4 << 20)}
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The device of a tensor; for a CPU tensor (interpreter, compile-only) the one that Triton believes to be active."""
+    if tensor.is_cuda:
+        return _cuda_device(tensor.device.index)
+    if triton.knobs.runtime.interpret:
+        return Device()
+    target = triton.runtime.driver.active.get_current_target()
+    return Device(target.arch, target.warp_size, *_TYPICAL.get(target.arch, _TYPICAL[90]))
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.gcnArchName if torch.version.hip else properties.major * 10 + properties.minor
+    return Device(arch, properties.warp_size, properties.multi_processor_count, properties.L2_cache_size)
+
+
+def guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one, because Triton launches on the current one. Free where it is already."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], threads: int, device: Device) -> None:
+    """Launch a kernel with those of the arguments that it names.
+
+    Contraction of a * b + c is off: row.py says where a fused multiply-add is meant.
+    """
+    named = {name: arguments[name] for name in kernel.arg_names}
+    kernel[grid](**named, num_warps=max(1, threads // device.warp_size), enable_fp_fusion=False)
+
+
+def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, device: Device) -> Rows:
+    """For `cross_entropy`: n rows of v logits of `itemsize` bytes. together: logits and gradient rows have one alignment."""
+    width = max(triton.next_power_of_2(v), 16 // itemsize * device.warp_size)
+    # A row in registers is read once. For the gradient that is worth a program of any size; for the forward alone, whose
+    # streaming loop has no second read, only as long as the tile would be little larger than the row anyway.
+    largest = ELEMENTS_PER_THREAD * (1024 if gradient else 128)
+    if width <= largest and (together or not gradient):
+        return Rows(width, max(device.warp_size, width // ELEMENTS_PER_THREAD), resident=True)
+
+    # Threads that may run at once: 1024 a processor at 64 registers each. In flight, a thread has 64 bytes.
+    splits = min(triton.cdiv(2 * device.processors, max(n, 1)), triton.cdiv(v, 16384), 128)
+    if n < device.processors and splits > 1:
+        return Rows(128 * ELEMENTS_PER_THREAD, 128, splits)
+    threads = 128
+    if gradient:
+        # The second read should find the row in the L2 cache: as few rows at once as fit in half of it, the other half being
+        # for the gradient on its way to memory. From 1024 threads on there is one row a processor, and no fewer.
+        rows = device.l2_bytes // 2 // (v * itemsize * device.processors)
+        threads = 1024 // max(1, min(8, triton.next_power_of_2(rows + 1) // 2))
+    elif n < 4 * device.processors:
+        threads = 512  # few rows: each must bring the threads that fill its processor
+    return Rows(threads * ELEMENTS_PER_THREAD, threads)
+
+
+def backward(v: int, itemsize: int, device: Device) -> Rows:
+    """For the gradient from saved statistics: no sum over the row, so long rows are shared by many small programs."""
+    width = max(triton.next_power_of_2(v), 16 // itemsize * device.warp_size)
+    block = min(width, 128 * ELEMENTS_PER_THREAD)
+    # Four tiles a program pay for its coefficients; more only lengthen the tail of the launch.
+    return Rows(block, max(device.warp_size, block // ELEMENTS_PER_THREAD), splits=triton.cdiv(v, 4 * block))
