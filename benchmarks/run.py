@@ -92,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cases:
         print(f"no case with tag {options.cases} matches {options.filter}", file=sys.stderr)
         return 2
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a GPU that torch can see, there is none", file=sys.stderr)
+        return 2
     record = provenance(options.device)
     output = options.output or (None if options.quick else results.RESULTS / f"{slug(record['device'])}.jsonl")
     print(*(f"{key}: {value}" for key, value in record.items()), sep="; ", flush=True)

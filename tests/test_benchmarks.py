@@ -17,7 +17,7 @@ from benchmarks.gate import check
 from benchmarks.measure import Plan, Row, measure
 from benchmarks.provenance import slug
 from benchmarks.providers import Provider, build, named
-from benchmarks.run import header, line
+from benchmarks.run import header, line, main
 from benchmarks.step import Loss, training
 from benchmarks.timing import interleave, ratio, spread
 
@@ -237,6 +237,19 @@ def test_missing_peers_are_listed_with_reasons() -> None:
     assert (ready, len(missing)) == ([], len(asked))
     rows = measure(SMALL, asked, "cpu", PLAN)
     assert all(row["status"] == "missing" and row["reason"] in line(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "fast"], "cases must be one of"),
+        (["--providers", "tourch"], "providers must be among"),
+        (["--filter", "gpt17"], "no case with tag issue2 matches gpt17"),
+    ],
+)
+def test_a_wrong_argument_stops_the_run_with_a_message(arguments, message, capsys) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_provider_is_refused_with_the_known_ones() -> None:
