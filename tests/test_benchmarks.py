@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +20,6 @@ from benchmarks.providers import Provider, build, named
 from benchmarks.run import header, line, main
 from benchmarks.step import Loss, training
 from benchmarks.timing import interleave, ratio, spread
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SMALL = Case("resnet50", 64, "float32", "training", ("headline",))
 PLAN = Plan(seconds=0.01, min_rounds=3, max_rounds=3, pair_min_rounds=3)
