@@ -104,7 +104,7 @@ def test_any_integer_can_be_the_ignored_index(ignore_index: int, smoothing: floa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_class_probabilities_equal_pytorch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     weight = torch.rand(CLASSES) + 0.1
-    for reduction, w, smoothing in itertools.product(REDUCTIONS, (None, weight), (0.0, 0.1)):
+    for reduction, (w, smoothing) in itertools.product(REDUCTIONS, ((None, 0.0), (weight, 0.0), (weight, 0.1))):
         logits, _ = data(shape)
         options = {"weight": w, "label_smoothing": smoothing, "reduction": reduction}
         assert_drop_in(logits, torch.rand(logits.shape), dtype, **options)
@@ -299,7 +299,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return logits, target, options | {"ignore_index": ignore_index}
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(calls())
 def test_any_valid_call_equals_pytorch(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
     logits, target, options = call

@@ -132,12 +132,9 @@ def test_the_numbers_compared_here_are_right(here: dict) -> None:
     torch.testing.assert_close(torch.tensor(here["token_loss"], dtype=torch.float64), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("content", [b"not a library", b"\x7fELF\x02\x01\x01" + b"\0" * 57], ids=["text", "truncated"])
-def test_a_corrupt_native_library_is_named_in_a_warning_and_replaced(
-    tmp_path: pathlib.Path, here: dict, content: bytes
-) -> None:
+def test_a_corrupt_native_library_is_named_in_a_warning_and_replaced(tmp_path: pathlib.Path, here: dict) -> None:
     root = copy_without_native(tmp_path)
-    (root / "xentile" / NATIVE).write_bytes(content)
+    (root / "xentile" / NATIVE).write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 57)  # cut off after its header
     values, stderr = example(root, "-W", "always")
     assert "UserWarning: xentile: _C_cpu.so does not load, plain PyTorch is used on the CPU" in stderr
     assert values["isa"] == "none"
