@@ -47,6 +47,19 @@ lint: $(READY) ## style, format and types
 audit: $(READY) ## the native library uses only the stable ABI of torch
 	$(BIN)/torch-abi-audit --check torch $(NATIVE)
 
+# The instrumented copy of the package is in build/asan; a planted overflow shows that the sanitizer sees the kernels.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -fno-omit-frame-pointer
+SANITIZED_TESTS := tests/test_cross_entropy.py tests/test_sketch.py tests/test_autograd.py
+asan: $(READY) ## tests of the native library under the sanitizers of addresses and undefined behaviour
+	CXX=g++ CXXFLAGS="$(SANITIZE)" XENTILE_REQUIRE_NATIVE=1 $(PIP) --no-deps --upgrade --target build/asan .
+	for isa in default avx2 avx512; do \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  XENTILE_ISA=$$isa PYTHONPATH=build/asan $(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS) || exit 1; \
+	done
+	g++ $(SANITIZE) -O1 -std=c++17 -DTABLE=kernels_default csrc/cpu/rows_default.cpp tests/native/driver.cpp -o build/overflow
+	! build/overflow overflow float32 1000 1 2> build/overflow.txt
+	grep -m 1 "ERROR: AddressSanitizer" build/overflow.txt
+
 bench: $(READY) ## the tables of speed (BENCH="--help")
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
