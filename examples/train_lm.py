@@ -15,6 +15,7 @@ do the same arithmetic.
 import math
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,42 +63,43 @@ def loss_of(model: LanguageModel, batch: Tensor, sketch: xt.LossSketch) -> Tenso
     return xt.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), sketch=sketch).loss
 
 
+def shuffled(text: Tensor, args: Namespace) -> Iterator[Tensor]:
+    """(batch, context + 1) pieces of the text, each once an epoch, in an order that the seed fixes, without end."""
+    pieces = windows(text, args.context)
+    generator = torch.Generator().manual_seed(args.seed)
+    while True:
+        order = torch.randperm(len(pieces), generator=generator)
+        for indices in order[: len(order) // args.batch * args.batch].split(args.batch):
+            yield pieces[indices].to(args.device)
+
+
 def train(model: LanguageModel, text: Tensor, args: Namespace) -> list[Row]:
     """Train until the time or the steps are over; one row for each look at the running percentiles."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    pieces = windows(text, args.context)
-    order = torch.Generator().manual_seed(args.seed)
-    batches: list[Tensor] = []
-    sketch = xt.LossSketch(device=args.device)
+    sketch = xt.LossSketch(args.device)
     rows: list[Row] = []
-    step = tokens = 0
-    last_look = 0.0
-    start = time.perf_counter()
-    unit = "step" if args.steps else "s"
+    progress, looks = 0.0, 0
     layout = "{percentage:3.0f}%|{bar:24}| {n:.0f}/{total:.0f} {unit}{postfix}"
-    with tqdm(total=args.steps or args.seconds, unit=unit, bar_format=layout) as bar:
-        progress = 0.0
-        while progress < 1:
-            if not batches:
-                whole = len(pieces) // args.batch
-                batches = list(torch.randperm(len(pieces), generator=order)[: whole * args.batch].split(args.batch))
-            batch = pieces[batches.pop()].to(args.device)
+    start = time.perf_counter()
+    with tqdm(total=args.steps or args.seconds, unit="step" if args.steps else "s", bar_format=layout) as bar:
+        for step, batch in enumerate(shuffled(text, args), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, args.lr)
             loss_of(model, batch, sketch).backward()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            tokens += batch[:, 1:].numel()
+
             done = step if args.steps else min(time.perf_counter() - start, args.seconds)
             progress = done / bar.total
             bar.update(done - bar.n)
-            if step <= EARLY_STEPS or progress - last_look >= 1 / LOOKS or progress >= 1:
-                last_look = progress
-                rows.append(read(sketch, str(step), tokens))
+            if step <= EARLY_STEPS or int(progress * LOOKS) > looks:
+                looks = int(progress * LOOKS)
+                rows.append(read(sketch, str(step), step * args.batch * args.context))
                 sketch.reset()
-                mean, p50, p90 = rows[-1].mean, *(rows[-1].percentiles[PERCENTILES.index(p)] for p in (50, 90))
-                bar.set_postfix_str(f"step {step}, mean {mean:.2f}, p50 {p50:.2f}, p90 {p90:.2f}")
+                shown = dict(zip(PERCENTILES, rows[-1].percentiles, strict=True))
+                bar.set_postfix_str(f"step {step}, mean {rows[-1].mean:.2f}, p50 {shown[50]:.2f}, p90 {shown[90]:.2f}")
+            if progress >= 1:
+                break
     return rows
 
 
@@ -109,7 +111,7 @@ def held_out(model: LanguageModel, corpus: Corpus, args: Namespace) -> list[Row]
         pieces = windows(text[:HELD_OUT_TOKENS], args.context)
         if len(pieces) == 0:
             continue
-        sketch = xt.LossSketch(device=args.device)
+        sketch = xt.LossSketch(args.device)
         for batch in pieces.split(args.batch):
             loss_of(model, batch.to(args.device), sketch)
         rows.append(read(sketch, kind, len(pieces) * args.context))
