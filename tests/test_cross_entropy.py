@@ -13,6 +13,7 @@ from oracle import DTYPES, assert_within_budget, loss_and_gradient, sample, toke
 from torch import Tensor
 
 import xentile as xt
+from xentile import _layout as layout
 from xentile import reference
 
 # Tails of every vector width and both sides of a block; GPT-2's odd vocabulary; one column.
@@ -179,7 +180,7 @@ def test_fused_sketch_equals_updating_from_the_token_losses(device: torch.device
     fused, later = xt.LossSketch(device, groups=3), xt.LossSketch(device, groups=3)
     out = xt.cross_entropy(logits, target, sketch=fused, group_ids=ids)
     later.update(out.token_loss, target != -100, group_ids=ids)
-    fused.state[:, xt.sketch.layout.IGNORED] = 0
+    fused.state[:, layout.IGNORED] = 0
     assert fused == later
 
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import xentile as xt
-from xentile import _layout as layout
+from xentile._layout import DEFAULT
 from xentile._ops import SCHEMAS, ops
 
 # torch 2.13 warns about its own code while it compiles and exports
@@ -37,7 +37,7 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
     logits, target = sample(rows, size, dtype, ignored=0.2)
     vector = lambda dt=acc: torch.zeros(rows, dtype=dt)  # noqa: E731
     scalar = lambda: torch.ones((), dtype=acc)  # noqa: E731
-    sketch = torch.zeros(2, layout.WIDTH, dtype=torch.int64)
+    sketch = torch.zeros(2, DEFAULT.width, dtype=torch.int64)
     optional = (torch.rand(size, dtype=acc), torch.rand(rows, dtype=acc)) if full else (None, None)
     ids = torch.randint(0, 2, (rows,))
     scalars = (-100, reduction, *((0.1, 0.01, 5.0, 0.5) if full else (0.0, 0.0, 0.0, 1.0)))
@@ -51,10 +51,13 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
         "cross_entropy": (logits, target, *inputs, *outputs, *extra, dlogits, *scalars, False),
         "cross_entropy_backward": (
             *(torch.ones_like(loss), logits, target, *optional, scalar(), vector(), vector(), vector() + 1),
-            *(torch.zeros_like(logits), *scalars),
+            *(torch.zeros_like(logits), *scalars, full and reduction == 1),
         ),
         "scale_": (logits.clone(), scalar() * 2),
-        "sketch_update": (values, values > 0.5, ids, sketch.clone()) if full else (values, None, None, sketch.clone()),
+        "sketch_update": (
+            *((values, values > 0.5, values, ids) if full else (values, None, None, None)),
+            *(sketch.clone(), 2**20 if full else 1),
+        ),
         "sketch_quantile": (sketch.clone(), torch.rand(3).double(), *(torch.zeros(2, 3) for _ in range(3)), 0),
     }
 

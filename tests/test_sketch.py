@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 import xentile as xt
 from xentile import _layout as layout
 from xentile import reference
+from xentile._layout import DEFAULT
 
 Q = [0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0]
 LOSSES = hnp.arrays(
@@ -88,25 +89,25 @@ def test_std_matches_numpy() -> None:
 
 def test_kernel_counts_every_edge_and_neighbour_like_the_reference(device: torch.device) -> None:
     values = edges_and_neighbours()
-    expected = torch.zeros(1, layout.WIDTH, dtype=torch.int64)
-    reference.sketch_update(values, None, None, expected)
+    expected = torch.zeros(1, DEFAULT.width, dtype=torch.int64)
+    reference.sketch_update(values, None, None, None, expected, 1)
     assert torch.equal(sketch_of(values.to(device)).state.cpu(), expected)
 
 
 def test_each_bin_contains_the_values_it_counts() -> None:
     values = edges_and_neighbours()
-    column = reference.column_of(values)
-    regular = column < layout.BINS
+    column = reference.column_of(values) - layout.SPECIAL
+    regular = column >= 0
     edges = reference.bin_edges()
     assert bool((edges[column[regular]] <= values[regular]).all())
     assert bool((values[regular] < edges[column[regular] + 1]).all())
-    assert int(regular.sum()) == 3 * layout.BINS + 1  # an edge and its neighbours, less 3 outside; 255.99
+    assert int(regular.sum()) == 3 * DEFAULT.bins + 1  # an edge and its neighbours, less 3 outside; 255.99
 
 
 @pytest.mark.parametrize("start", [2**31 - 1, 2**40])
 def test_counts_are_exact_beyond_two_to_the_31(start: int) -> None:
     sketch = sketch_of(torch.tensor([1.0]))
-    sketch.state[0, : layout.ADDITIVE] *= start
+    sketch.state[0, layout.SPECIAL :] *= start
     sketch.update(torch.tensor([1.0, 2.0]))
     assert sketch.count() == start + 2
     assert sketch.quantile(0.5) == pytest.approx(1.0, rel=2.0**-7)

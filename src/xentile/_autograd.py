@@ -83,10 +83,11 @@ def _forward(
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """With mean and sum, forward writes the gradient in the same launch, and backward only scales it if it must.
+    """With mean and sum, forward writes the gradient for dloss = 1 in the same launch.
 
-    The buffer is handed out by the first backward, which may scale it in place because nobody else holds it; a second
-    one (retain_graph) computes the gradient anew, with the same formula and hence the same bits.
+    The first backward hands that buffer out: as it is when dloss is 1, else filled anew from the logits, because
+    scaling a gradient that is already rounded (to float16, by a GradScaler's 65536) would lose its small elements. A
+    second backward (retain_graph) computes it again, with the same formula and hence the same bits.
     """
 
     @staticmethod
@@ -118,18 +119,21 @@ class CrossEntropyFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (_differentiable_gradient(ctx, dloss), *none)
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is not None:
+        filled = dlogits is not None
+        if ctx.overwritten:
+            if dlogits is None:
+                raise RuntimeError(
+                    "inplace=True: the first backward handed out the gradient, and the logits are overwritten"
+                )
             ops.scale_.default(dlogits, dloss)
             return (dlogits, *none)
-        if ctx.overwritten:
-            raise RuntimeError(
-                "inplace=True: the first backward handed out the gradient, and the logits are overwritten"
-            )
         logits, target, weight, token_weight, _normalizer, *rows = ctx.saved_tensors
-        options = ctx.options
-        dlogits = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        dloss = dloss.contiguous()
-        ops.cross_entropy_backward.default(dloss, logits, target, weight, token_weight, *rows, dlogits, *options[:6])
+        if dlogits is None:
+            dlogits = (
+                logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+            )
+        arguments = (dloss.contiguous(), logits, target, weight, token_weight, *rows, dlogits, *ctx.options[:6], filled)
+        ops.cross_entropy_backward.default(*arguments)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
             ctx.overwritten = True

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xentile._layout import PRECISIONS, Layout
 from xentile._ops import ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -119,7 +120,7 @@ def class_weight(weight: Any, size: int) -> None:
             f"weight tensor should be defined either for all {size} classes or no classes "
             f"but got weight tensor of shape: {list(weight.shape)}"
         )
-    _floating(weight, "weight")
+    floating(weight, "weight")
 
 
 def token_weight(weight: Any, shape: tuple[int, ...]) -> None:
@@ -127,7 +128,7 @@ def token_weight(weight: Any, shape: tuple[int, ...]) -> None:
         return
     if tuple(tensor(weight, "token_weight").shape) != shape:
         raise ValueError(f"token_weight must have one entry a token, {shape}, got shape {tuple(weight.shape)}")
-    _floating(weight, "token_weight")
+    floating(weight, "token_weight")
 
 
 def normalizer(value: Any, reduction: str, device: torch.device) -> None:
@@ -156,6 +157,36 @@ def group_ids(ids: Any, shape: tuple[int, ...], sketch: Any) -> None:
         raise ValueError(f"group_ids must have one entry a token, {shape}, got shape {tuple(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"group_ids must be int64 or int32, got {_name(ids.dtype)}")
+
+
+def mask(value: Any, shape: tuple[int, ...]) -> None:
+    if value is None:
+        return
+    if tensor(value, "mask").dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {_name(value.dtype)}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"mask must have the shape of values, {shape}, got {tuple(value.shape)}")
+
+
+def like_values(value: Any, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor(value, name).shape) != shape:
+        raise ValueError(f"{name} must have the shape of values, {shape}, got {tuple(value.shape)}")
+    floating(value, name, TypeError)
+
+
+def sketch_state(state: Any) -> None:
+    if tensor(state, "state").dtype != torch.int64:
+        raise TypeError(f"state must be int64, got {_name(state.dtype)}")
+    widths = [Layout(bits).width for bits in PRECISIONS]
+    if state.dim() != 2 or state.shape[0] < 1 or state.shape[1] not in widths:
+        raise ValueError(f"state must have shape (G, width) with width in {widths}, got {tuple(state.shape)}")
+    if not state.is_contiguous():
+        raise ValueError(f"state must be contiguous, got strides {state.stride()}")
+
+
+def unweighted(sketch: Any) -> None:
+    if sketch is not None and sketch.weighted:
+        raise ValueError("sketch must count tokens, not weights: update a weighted one from out.token_loss")
 
 
 def group_range(ids: Tensor | None, groups: int, *, wait: bool = False) -> None:
@@ -230,9 +261,9 @@ def _values_hidden() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _floating(value: Tensor, name: str) -> None:
+def floating(value: Tensor, name: str, error: type[Exception] = RuntimeError) -> None:
     if not value.is_floating_point():
-        raise RuntimeError(f"{name} must be a floating point tensor, got {_name(value.dtype)}")
+        raise error(f"{name} must be a floating point tensor, got {_name(value.dtype)}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,15 +1,16 @@
 """The layout of a loss sketch: which column of its int64 state counts what.
 
-A value x > 0 falls in the bin of its float32 bits cut to 7 mantissa bits, so bins are log-linear: each octave is split
-in 2**7 bins of equal width, and the relative width of a bin is at most 2**-7. Order of bits = order of values, hence
-the bin is two integer operations, and identical on every backend. The regular bins cover [2**-24, 2**8) nats.
+A value x > 0 falls in the bin of its float32 bits cut to M mantissa bits (7 unless chosen otherwise), so bins are
+log-linear: each octave is split in 2**M bins of equal width, and the relative width of a bin is at most 2**-M. Order of
+bits = order of values, hence the bin is two integer operations, and identical on every backend. The regular bins cover
+[2**-24, 2**8) nats. Bins of M nest in those of M - 1: adding them up in pairs coarsens a sketch exactly.
 
-    bin(x)   = (bits(x) >> 16) - ((127 - 24) << 7)                 bits: the float32 pattern as an integer
-    edge(i)  = float32 with the pattern (i + ((127 - 24) << 7)) << 16       bin i is [edge(i), edge(i + 1))
+    bin(x)   = (bits(x) >> (23 - M)) - ((127 - 24) << M)                bits: the float32 pattern as an integer
+    edge(i)  = float32 with the pattern (i + ((127 - 24) << M)) << (23 - M)      bin i is [edge(i), edge(i + 1))
 
-State: int64 [G, WIDTH], one row a group, all zeros when empty. Columns below ADDITIVE merge by addition, the two after
-it by maximum; both are exact, so a merge is associative, commutative and bitwise reproducible. The columns from BINS on
-hold:
+State: int64 [G, width], one row a group, all zeros when empty: SPECIAL columns that are the same for every M, then the
+bins. All columns merge by addition but MAX_KEY and MIN_KEY, which merge by maximum; both are exact, so a merge is
+associative, commutative and bitwise reproducible. The special columns:
 
 * ZERO: x < 2**-24 (zero, subnormal, negative); OVERFLOW: finite x >= 2**8; INF: +inf; NAN: NaN and -inf.
 * IGNORED: tokens whose target is `ignore_index`; OUT_OF_RANGE: tokens whose target is outside [0, V);
@@ -21,21 +22,59 @@ hold:
   minimum. With k the order-preserving signed integer of a float32: MAX_KEY = k + 2**31 + 1, MIN_KEY = 2**31 - k.
 """
 
-MANTISSA_BITS = 7
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 E_MIN, E_MAX = -24, 8
-BINS = (E_MAX - E_MIN) << MANTISSA_BITS
-SHIFT = 23 - MANTISSA_BITS
-FIRST_KEY = (127 + E_MIN) << MANTISSA_BITS  # key of the first regular bin
-
-ZERO, OVERFLOW, INF, NAN = BINS, BINS + 1, BINS + 2, BINS + 3
-IGNORED, OUT_OF_RANGE, BAD_GROUP = BINS + 4, BINS + 5, BINS + 6
-SUM_LO, SUM_HI = BINS + 7, BINS + 8
-SQ_LO, SQ_MID, SQ_HI = BINS + 9, BINS + 10, BINS + 11
-ADDITIVE = BINS + 12
-MAX_KEY, MIN_KEY = BINS + 12, BINS + 13
-WIDTH = BINS + 16  # a multiple of 16 columns: rows stay 128-byte aligned
-
 LIMIT = 2.0**24  # values are clamped to +-LIMIT in the sums
+
+ZERO, OVERFLOW, INF, NAN = 0, 1, 2, 3
+IGNORED, OUT_OF_RANGE, BAD_GROUP = 4, 5, 6
+SUM_LO, SUM_HI = 7, 8
+SQ_LO, SQ_MID, SQ_HI = 9, 10, 11
+MAX_KEY, MIN_KEY = 12, 13
+SPECIAL = 16  # the first bin; rows stay 128-byte aligned
+
+PRECISIONS = range(1, 11)  # M of the sketches that are offered
 
 INTERPOLATIONS = ("linear", "lower", "higher", "nearest", "midpoint")  # order = the integer code in the ops
 REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The bins for M mantissa bits."""
+
+    mantissa_bits: int = 7
+
+    @property
+    def bins(self) -> int:
+        """How many regular bins there are."""
+        return (E_MAX - E_MIN) << self.mantissa_bits
+
+    @property
+    def width(self) -> int:
+        """Columns of a state."""
+        return SPECIAL + self.bins
+
+    @property
+    def shift(self) -> int:
+        """Bits of a float32 below those that choose the bin."""
+        return 23 - self.mantissa_bits
+
+    @property
+    def first_key(self) -> int:
+        """The float32 bits of the first edge, without their last `shift`."""
+        return (127 + E_MIN) << self.mantissa_bits
+
+    @classmethod
+    def of_width(cls, width: int) -> Layout:
+        """The layout of a state with so many columns; ValueError if there is none."""
+        for bits in PRECISIONS:
+            if cls(bits).width == width:
+                return cls(bits)
+        raise ValueError(f"a sketch's state must have SPECIAL + 32 * 2**M columns, M in 1 ... 10, got {width}")
+
+
+DEFAULT = Layout()

@@ -32,17 +32,20 @@ SCHEMAS = {
         "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float logit_scale, "
         "bool zero_if_empty) -> ()"
     ),
-    # The gradient alone, from what the forward saved. dloss: () for mean and sum, (N,) for none.
+    # The gradient alone, from what the forward saved. dloss: () for mean and sum, (N,) for none. filled: dlogits holds
+    # the gradient for dloss = 1, so there is nothing to do if dloss is 1, which only the device knows.
     "cross_entropy_backward": (
         "(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor denominator, "
         "Tensor token_loss, Tensor row_max, Tensor sum_exp, Tensor(a!) dlogits, int ignore_index, int reduction, "
-        "float label_smoothing, "
-        "float z_loss, float softcap, float logit_scale) -> ()"
+        "float label_smoothing, float z_loss, float softcap, float logit_scale, bool filled) -> ()"
     ),
-    # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1.
+    # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1. For a gradient in place.
     "scale_": "(Tensor(a!) x, Tensor scale) -> ()",
-    # Adds values (N,) float32, where mask (N,) bool holds, to the sketch.
-    "sketch_update": "(Tensor values, Tensor? mask, Tensor? group_ids, Tensor(a!) sketch) -> ()",
+    # Adds values (N,) float32, where mask (N,) bool holds, to the sketch; each counts `unit`, or its weight in that
+    # unit.
+    "sketch_update": (
+        "(Tensor values, Tensor? mask, Tensor? weights, Tensor? group_ids, Tensor(a!) sketch, int unit) -> ()"
+    ),
     # q (Q,) float64 in [0, 1] -> estimate and the bounds that enclose the exact answer, each (G, Q) float32.
     "sketch_quantile": (
         "(Tensor sketch, Tensor q, Tensor(a!) value, Tensor(b!) lower, Tensor(c!) upper, int interpolation) -> ()"
@@ -75,7 +78,7 @@ def _(x, scale):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("xentile::sketch_update")
-def _(values, mask, group_ids, sketch):  # type: ignore[no-untyped-def]
+def _(values, mask, weights, group_ids, sketch, unit):  # type: ignore[no-untyped-def]
     torch._check(values.dim() == 1 and sketch.dim() == 2)
 
 

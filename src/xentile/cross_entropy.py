@@ -103,6 +103,7 @@ def cross_entropy(
     _check.normalizer(normalizer, reduction, logits.device)
     if sketch is not None:
         _check.instance(sketch, "sketch", LossSketch)
+        _check.unweighted(sketch)
     _check.group_ids(group_ids, token_shape, sketch)
     state = sketch.state if sketch is not None else None
     tensors = {"target": target, "weight": weight, "token_weight": token_weight, "group_ids": group_ids}

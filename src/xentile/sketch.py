@@ -11,28 +11,33 @@ from xentile import _check
 from xentile import _layout as layout
 from xentile._autograd import recomputing
 from xentile._ops import ops
-from xentile.reference.sketch import extremes
+from xentile.readout import Readout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
+
+WEIGHT_UNIT = 2**20
+"""Weights are integers in units of 2**-20, so that sums of them are exact: each is rounded by at most 2**-21."""
 
 
-class LossSketch:
-    """A histogram of losses with 4096 log-linear bins between 2**-24 and 256 nats, exact counts, sum, minimum and
-    maximum.
+class LossSketch(Readout):
+    """A histogram of losses with log-linear bins between 2**-24 and 256 nats, exact counts, sum, minimum and maximum.
 
     Every quantile is within 2**-7 (0.78 %) of the exact one, or within 2**-24 nats; `quantile_bounds` encloses it.
     Counts, sums and extremes are integers, so updates and merges in any order give the same bits. Nothing here waits
-    for the device except `summary` and `==`.
+    for the device except `summary`, `==`, and checks on a CPU.
 
     Args:
         device: where it lives; the device of the losses it counts.
         groups: G >= 1 separate histograms (a domain, a position bucket), chosen by `group_ids`. With one group the
-            read-outs are scalars, or (Q,); with more they have a leading dimension G.
+            read-outs are scalars, or have the shape of q; with more they have a leading dimension G.
+        precision: M in 1 ... 10 mantissa bits: 32 * 2**M bins, relative error at most 2**-M.
+        weighted: values have real weights, counted in units of 2**-20, and counts are total weights.
 
     Attributes:
-        state: (G, WIDTH) int64, laid out as in xentile/_layout.py; all zeros when empty. Preallocated, changed in place
-            only, so it can be captured in a CUDA graph.
+        state: (G, width) int64, laid out as in xentile/_layout.py; all zeros when empty. Preallocated, changed in place
+            only (unless a coarser sketch is merged in), so it can be captured in a CUDA graph.
+        unit: what one value adds to its bin: 1, or 2**20 when weighted.
 
     Example:
         >>> sketch = LossSketch()
@@ -43,197 +48,156 @@ class LossSketch:
         (tensor(3), tensor(1.8333, dtype=torch.float64))
     """
 
-    def __init__(self, device: torch.device | str | None = None, *, groups: int = 1) -> None:
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        groups: int = 1,
+        precision: int = 7,
+        weighted: bool = False,
+    ) -> None:
         if _check.integer(groups, "groups") < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
-        self.state = torch.zeros(groups, layout.WIDTH, dtype=torch.int64, device=device)
+        if _check.integer(precision, "precision") not in layout.PRECISIONS:
+            raise ValueError(f"precision must be in 1 ... 10, got {precision}")
+        width = layout.Layout(precision).width
+        self.state = torch.zeros(groups, width, dtype=torch.int64, device=device)
+        self.unit = WEIGHT_UNIT if weighted else 1
 
     @classmethod
-    def from_state(cls, state: Tensor) -> LossSketch:
+    def from_state(cls, state: Tensor, *, weighted: bool = False) -> LossSketch:
         """A sketch over an existing state tensor, shared, not copied.
 
         Raises:
-            TypeError, ValueError: if it is no int64 tensor of shape (G, WIDTH).
+            TypeError, ValueError: if it is no contiguous int64 tensor of shape (G, width).
         """
-        _check.tensor(state, "state")
-        if state.dtype != torch.int64:
-            raise TypeError(f"state must be int64, got {state.dtype}")
-        if state.dim() != 2 or state.shape[0] < 1 or state.shape[1] != layout.WIDTH:
-            raise ValueError(f"state must have shape (G, {layout.WIDTH}), got {tuple(state.shape)}")
-        if not state.is_contiguous():
-            raise ValueError(f"state must be contiguous, got strides {state.stride()}")
+        _check.sketch_state(state)
         sketch = cls.__new__(cls)
-        sketch.state = state
+        sketch.state, sketch.unit = state, WEIGHT_UNIT if weighted else 1
         return sketch
 
     @property
-    def groups(self) -> int:
-        """G, the number of separate histograms."""
-        return self.state.shape[0]
+    def precision(self) -> int:
+        """M, the mantissa bits that choose a bin."""
+        return self.layout.mantissa_bits
 
     @property
-    def device(self) -> torch.device:
-        """Where the state lives."""
-        return self.state.device
+    def weighted(self) -> bool:
+        """Whether values have weights."""
+        return self.unit != 1
 
-    # ----------------------------------------------------------------------------------------------------------
-    # counting
-
-    def update(self, values: Tensor, mask: Tensor | None = None, *, group_ids: Tensor | None = None) -> None:
+    def update(
+        self,
+        values: Tensor,
+        mask: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        group_ids: Tensor | None = None,
+    ) -> None:
         """Count losses of any shape and float dtype (nats), where `mask` (bool, same shape) holds.
 
-        Like the fused update, it skips the recomputation of activation checkpointing.
+        `weights` (same shape, of a weighted sketch) are rounded to multiples of 2**-20; a negative one, or NaN, counts
+        as 0, more than 2**20 as that. Like the fused update, this skips the recomputation of activation checkpointing.
         """
-        _check.tensor(values, "values")
-        if not values.is_floating_point():
-            raise TypeError(f"values must be floating point, got {values.dtype}")
-        if mask is not None:
-            if _check.tensor(mask, "mask").dtype != torch.bool:
-                raise TypeError(f"mask must be bool, got {mask.dtype}")
-            if mask.shape != values.shape:
-                raise ValueError(f"mask must have the shape of values, {tuple(values.shape)}, got {tuple(mask.shape)}")
-        _check.group_ids(group_ids, tuple(values.shape), self)
-        _check.same_device(self.state, "the sketch", values=values, mask=mask, group_ids=group_ids)
-        ids = None if group_ids is None else group_ids.reshape(-1).to(torch.int64).contiguous()
+        shape = tuple(_check.tensor(values, "values").shape)
+        _check.floating(values, "values", TypeError)
+        _check.mask(mask, shape)
+        if weights is not None:
+            if not self.weighted:
+                raise ValueError("weights need a sketch that was made with weighted=True")
+            _check.like_values(weights, "weights", shape)
+        _check.group_ids(group_ids, shape, self)
+        others = {"values": values, "mask": mask, "weights": weights, "group_ids": group_ids}
+        _check.same_device(self.state, "the sketch", **others)
+        ids = None if group_ids is None else group_ids.reshape(-1).long().contiguous()
         _check.group_range(ids, self.groups)
         if recomputing():
             return
-        flat = values.detach().reshape(-1).float().contiguous()
-        ops.sketch_update.default(flat, None if mask is None else mask.reshape(-1).contiguous(), ids, self.state)
+        flat = None if weights is None else weights.detach().reshape(-1).float().contiguous()
+        kept = None if mask is None else mask.reshape(-1).contiguous()
+        values = values.detach().reshape(-1).float().contiguous()
+        ops.sketch_update.default(values, kept, flat, ids, self.state, self.unit)
 
     def merge(self, other: LossSketch) -> None:
-        """Add the counts of another sketch with as many groups. Associative, commutative, exact."""
+        """Add the counts of another sketch with as many groups. Associative, commutative, exact.
+
+        Of two precisions the lower is kept: if that is `other`'s, this sketch gets a new, smaller state.
+        """
+        self._check_mergeable(other)
+        if other.precision < self.precision:
+            self.state = self.coarsened(other.precision).state
+        state = other.coarsened(self.precision).state.to(self.device)
+        extremes = torch.maximum(
+            self.state[:, layout.MAX_KEY : layout.SPECIAL], state[:, layout.MAX_KEY : layout.SPECIAL]
+        )
+        self.state += state
+        self.state[:, layout.MAX_KEY : layout.SPECIAL] = extremes
+
+    def merge_many(self, others: Iterable[LossSketch]) -> None:
+        """Merge each of the others; nothing is merged if one of them doesn't fit."""
+        others = list(others)
+        for other in others:
+            self._check_mergeable(other)
+        for other in others:
+            self.merge(other)
+
+    def _check_mergeable(self, other: LossSketch) -> None:
         _check.instance(other, "other", LossSketch)
         if other.groups != self.groups:
             raise ValueError(f"other must have {self.groups} groups, got {other.groups}")
-        state = other.state.to(self.device)
-        self.state[:, : layout.ADDITIVE] += state[:, : layout.ADDITIVE]
-        extreme = slice(layout.ADDITIVE, layout.WIDTH)
-        self.state[:, extreme] = torch.maximum(self.state[:, extreme], state[:, extreme])
+        if other.unit != self.unit:
+            raise ValueError(f"other must have weighted={self.weighted}, got {other.weighted}")
+
+    def coarsened(self, precision: int) -> LossSketch:
+        """A sketch with fewer bins, exactly the one that would have counted the same values; itself if it has as
+        many.
+        """
+        steps = self.precision - _check.integer(precision, "precision")
+        if precision not in layout.PRECISIONS or steps < 0:
+            raise ValueError(f"precision must be in 1 ... {self.precision}, got {precision}")
+        if steps == 0:
+            return self
+        bins = self.state[:, layout.SPECIAL :].reshape(self.groups, -1, 2**steps).sum(2)
+        state = torch.cat([self.state[:, : layout.SPECIAL], bins], 1)
+        return LossSketch.from_state(state, weighted=self.weighted)
 
     def reset(self) -> None:
         """Forget everything, in place."""
         self.state.zero_()
 
-    # ---------------------------------------------------------------------------------------------------------
-    # read-outs
-
-    def quantile(self, q: float | Sequence[float] | Tensor, *, interpolation: str = "linear") -> Tensor:
-        """Quantiles q of the counted values, float32; the shape of q, after (G,) when there are groups.
-
-        Args:
-            q: in [0, 1]; a number, a sequence or a tensor of any shape.
-            interpolation: 'linear', 'lower', 'higher', 'nearest' or 'midpoint' between order statistics, as
-                torch.quantile.
-
-        Returns:
-            NaN where nothing was counted. q = 0 and q = 1 are the exact minimum and maximum. NaN values are left out
-            (`nan_count`).
-        """
-        return self._quantile(q, interpolation)[0]
-
-    def quantile_bounds(self, q: float | Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
-        """(lower, upper) with lower <= exact quantile <= upper, whatever the interpolation; shapes as `quantile`."""
-        return self._quantile(q, "linear")[1:]
-
-    def _quantile(self, q: float | Sequence[float] | Tensor, interpolation: str) -> tuple[Tensor, Tensor, Tensor]:
-        _check.one_of(interpolation, "interpolation", layout.INTERPOLATIONS)
-        wanted = _check.quantiles(q, self.device)
-        shape = wanted.shape if self.groups == 1 else (self.groups, *wanted.shape)
-        flat = wanted.reshape(-1).contiguous()
-        value, lower, upper = (
-            torch.empty(self.groups, flat.shape[0], dtype=torch.float32, device=self.device) for _ in range(3)
-        )
-        code = layout.INTERPOLATIONS.index(interpolation)
-        ops.sketch_quantile.default(self.state, flat, value, lower, upper, code)
-        return value.reshape(shape), lower.reshape(shape), upper.reshape(shape)
-
-    def count(self) -> Tensor:
-        """How many values the quantiles are over, int64: all but NaN."""
-        return self._per_group(self.state[:, : layout.INF + 1].sum(1))
-
-    def nan_count(self) -> Tensor:
-        """How many values were NaN or -inf."""
-        return self._per_group(self.state[:, layout.NAN])
-
-    def inf_count(self) -> Tensor:
-        """How many values were +inf."""
-        return self._per_group(self.state[:, layout.INF])
-
-    def ignored_count(self) -> Tensor:
-        """How many tokens had `ignore_index` as their target."""
-        return self._per_group(self.state[:, layout.IGNORED])
-
-    def out_of_range_count(self) -> Tensor:
-        """How many tokens had a target outside [0, V), or (in group 0) a group outside [0, G)."""
-        return self._per_group(self.state[:, layout.OUT_OF_RANGE] + self.state[:, layout.BAD_GROUP])
-
-    def mean(self) -> Tensor:
-        """The mean, float64: the exact sum, divided once. inf if a value is; NaN where nothing was counted."""
-        total = self.state[:, layout.SUM_HI].double() * 2.0**-20 + self.state[:, layout.SUM_LO].double() * 2.0**-48
-        infinite = self.state[:, layout.INF]
-        n = self.state[:, : layout.INF].sum(1) + infinite
-        return self._per_group(torch.where(infinite > 0, torch.inf, total / n))
-
-    def std(self) -> Tensor:
-        """The standard deviation of the finite values, float64, divided by n - 1."""
-        state = self.state.double()
-        n = state[:, : layout.INF].sum(1)
-        mean = (state[:, layout.SUM_HI] * 2.0**-20 + state[:, layout.SUM_LO] * 2.0**-48) / n
-        square = (
-            state[:, layout.SQ_HI] * 2.0**8 + state[:, layout.SQ_MID] * 2.0**-20 + state[:, layout.SQ_LO] * 2.0**-48
-        )
-        return self._per_group(((square / n - mean**2).clamp(min=0) * n / (n - 1)).sqrt())
-
-    def min(self) -> Tensor:
-        """The exact minimum, float32; NaN where nothing was counted."""
-        return self._per_group(extremes(self.state)[0])
-
-    def max(self) -> Tensor:
-        """The exact maximum, float32; NaN where nothing was counted."""
-        return self._per_group(extremes(self.state)[1])
-
-    def _per_group(self, value: Tensor) -> Tensor:
-        return value[0].clone() if self.groups == 1 else value.clone()
-
-    def summary(self) -> str:
-        """One readable block (a line a group): tokens, mean, percentiles, maximum. Waits for the device."""
-        from xentile.summary import sketch_summary
-
-        return sketch_summary(self)
-
-    # ------------------------------------------------------------------------------------------------------ as an
-    # object
-
     def clone(self) -> LossSketch:
         """A copy that shares nothing."""
-        return LossSketch.from_state(self.state.clone())
+        return LossSketch.from_state(self.state.clone(), weighted=self.weighted)
 
     def to(self, device: torch.device | str) -> LossSketch:
         """This sketch if it is there already, else a copy on the device."""
         state = self.state.to(device)
-        return self if state is self.state else LossSketch.from_state(state)
+        return self if state is self.state else LossSketch.from_state(state, weighted=self.weighted)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """A copy of the state, for torch.save."""
-        return {"state": self.state.clone()}
+        return {"state": self.state.clone(), "weighted": self.weighted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the counts, in place. The number of groups must agree."""
+        """Replace the counts, in place. Groups, precision and weighting must agree."""
         _check.instance(state_dict, "state_dict", dict)
-        if set(state_dict) != {"state"}:
-            raise ValueError(f"state_dict must have the one key 'state', got {sorted(state_dict)}")
-        state = LossSketch.from_state(state_dict["state"]).state
-        if state.shape != self.state.shape:
-            raise ValueError(f"state_dict must hold {self.groups} groups, got {state.shape[0]}")
-        self.state.copy_(state)
+        if set(state_dict) != {"state", "weighted"}:
+            raise ValueError(f"state_dict must have the keys 'state' and 'weighted', got {sorted(state_dict)}")
+        loaded = LossSketch.from_state(state_dict["state"], weighted=state_dict["weighted"])
+        for name in ("groups", "precision", "weighted"):
+            if getattr(loaded, name) != getattr(self, name):
+                raise ValueError(f"state_dict must hold {name}={getattr(self, name)}, got {getattr(loaded, name)}")
+        self.state.copy_(loaded.state)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LossSketch):
             return NotImplemented
-        return self.state.shape == other.state.shape and torch.equal(self.state, other.state.to(self.device))
+        if self.state.shape != other.state.shape or self.unit != other.unit:
+            return False
+        return torch.equal(self.state, other.state.to(self.device))
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"LossSketch(device={str(self.device)!r}, groups={self.groups})"
+        options = f"groups={self.groups}, precision={self.precision}, weighted={self.weighted}"
+        return f"LossSketch(device={str(self.device)!r}, {options})"

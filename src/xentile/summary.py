@@ -9,12 +9,12 @@ import torch
 
 if TYPE_CHECKING:
     from xentile.output import CrossEntropyOutput
-    from xentile.sketch import LossSketch
+    from xentile.readout import Readout
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 
-def sketch_summary(sketch: LossSketch) -> str:
+def sketch_summary(sketch: Readout) -> str:
     """A header, a line a group, and a remark for each kind of token that is not in the percentiles."""
     q = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64)
     one = sketch.groups == 1
@@ -48,7 +48,7 @@ def output_summary(output: CrossEntropyOutput) -> str:
     return "\n".join(lines)
 
 
-def _remarks(sketch: LossSketch) -> list[str]:
+def _remarks(sketch: Readout) -> list[str]:
     kinds = (
         (sketch.ignored_count(), "ignored"),
         (sketch.nan_count(), "with a NaN loss"),

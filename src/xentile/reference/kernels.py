@@ -67,9 +67,9 @@ def cross_entropy(
 def count(sketch: Tensor, terms: reference.Terms, group_ids: Tensor | None) -> None:
     """Tokens with a target count by their loss; ignored and out-of-range ones each in a column of their own."""
     live = terms.predicted >= 0
-    reference.sketch_update(terms.token_loss.float(), live, group_ids, sketch)
+    reference.sketch_update(terms.token_loss.float(), live, None, group_ids, sketch, 1)
     special = torch.where(terms.predicted == -1, layout.IGNORED, layout.OUT_OF_RANGE)
-    add_columns(sketch, special, ~live, group_ids)
+    add_columns(sketch, special, (~live).long(), group_ids)
 
 
 def cross_entropy_backward(
@@ -89,6 +89,7 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: float,
     logit_scale: float,
+    filled: bool,
 ) -> None:
     gradient = reference.cross_entropy_gradient(
         dloss,
@@ -113,8 +114,10 @@ def scale_(x: Tensor, scale: Tensor) -> None:
     x.mul_(scale)
 
 
-def sketch_update(values: Tensor, mask: Tensor | None, group_ids: Tensor | None, sketch: Tensor) -> None:
-    reference.sketch_update(values, mask, group_ids, sketch)
+def sketch_update(
+    values: Tensor, mask: Tensor | None, weights: Tensor | None, group_ids: Tensor | None, sketch: Tensor, unit: int
+) -> None:
+    reference.sketch_update(values, mask, weights, group_ids, sketch, unit)
 
 
 def sketch_quantile(sketch: Tensor, q: Tensor, value: Tensor, lower: Tensor, upper: Tensor, interpolation: int) -> None:

@@ -5,45 +5,75 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xentile import _layout as layout
+from xentile._layout import (
+    BAD_GROUP,
+    DEFAULT,
+    E_MAX,
+    E_MIN,
+    INF,
+    LIMIT,
+    MAX_KEY,
+    MIN_KEY,
+    NAN,
+    OVERFLOW,
+    SPECIAL,
+    SQ_HI,
+    SQ_LO,
+    SQ_MID,
+    SUM_HI,
+    SUM_LO,
+    ZERO,
+    Layout,
+)
 
 
-def column_of(values: Tensor) -> Tensor:
+def column_of(values: Tensor, layout: Layout = DEFAULT) -> Tensor:
     """The state column, int64, that counts each value of a float32 tensor."""
     bits = values.view(torch.int32).long()
-    column = (bits >> layout.SHIFT) - layout.FIRST_KEY
-    column = torch.where(values < 2.0**layout.E_MIN, layout.ZERO, column)
-    column = torch.where(values >= 2.0**layout.E_MAX, layout.OVERFLOW, column)
-    column = torch.where(values == torch.inf, layout.INF, column)
-    return torch.where(values.isnan() | (values == -torch.inf), layout.NAN, column)
+    column = (bits >> layout.shift) - layout.first_key + SPECIAL
+    column = torch.where(values < 2.0**E_MIN, ZERO, column)
+    column = torch.where(values >= 2.0**E_MAX, OVERFLOW, column)
+    column = torch.where(values == torch.inf, INF, column)
+    return torch.where(values.isnan() | (values == -torch.inf), NAN, column)
 
 
-def bin_edges(device: torch.device | str | None = None) -> Tensor:
-    """The BINS + 1 edges of the regular bins, float32, ascending: bin i is [edge[i], edge[i + 1])."""
-    keys = torch.arange(layout.BINS + 1, device=device) + layout.FIRST_KEY
-    return (keys << layout.SHIFT).int().view(torch.float32)
+def bin_edges(layout: Layout = DEFAULT, device: torch.device | str | None = None) -> Tensor:
+    """The edges of the regular bins, one more than there are bins, float32, ascending: bin i is [edge[i], edge[i +
+    1])."""
+    keys = torch.arange(layout.bins + 1, device=device) + layout.first_key
+    return (keys << layout.shift).int().view(torch.float32)
 
 
-def sketch_update(values: Tensor, mask: Tensor | None, group_ids: Tensor | None, sketch: Tensor) -> None:
-    """Add values (N,) float32, where mask (N,) holds, to rows group_ids (N,) of the state (G, WIDTH), in place."""
-    keep = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    add_columns(sketch, column_of(values), keep, group_ids)
+def sketch_update(
+    values: Tensor, mask: Tensor | None, weights: Tensor | None, group_ids: Tensor | None, sketch: Tensor, unit: int
+) -> None:
+    """Add values (N,) float32, where mask (N,) holds, to rows group_ids (N,) of the state (G, width), in place.
+
+    A value adds `unit` to its bin, or its weight (N,) float32 in that unit, rounded to an integer in [0, 2**40]. Sums
+    are weighted alike; a value whose weight rounds to 0 leaves no trace.
+    """
+    amount = torch.full_like(values, unit, dtype=torch.int64)
+    if weights is not None:
+        amount = torch.round(weights.double() * unit).nan_to_num(0.0).clamp(0, 2.0**40).long()
+    if mask is not None:
+        amount = torch.where(mask, amount, 0)
+    add_columns(sketch, column_of(values, Layout.of_width(sketch.shape[1])), amount, group_ids)
     group, known = _groups(group_ids, values, sketch.shape[0])
-    live = keep & known & ~values.isnan() & (values != -torch.inf)
-    _add_sums(sketch, values, live & values.isfinite(), group)
+    live = (amount > 0) & known & ~values.isnan() & (values != -torch.inf)
+    _add_sums(sketch, torch.where(live & values.isfinite(), values, 0.0).double(), amount.double() / unit, group)
     bits = values.view(torch.int32).long()
     key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # signed, ordered as the values
-    for column, k in ((layout.MAX_KEY, key + 2**31 + 1), (layout.MIN_KEY, 2**31 - key)):
+    for column, k in ((MAX_KEY, key + 2**31 + 1), (MIN_KEY, 2**31 - key)):
         best = sketch[:, column].clone().scatter_reduce_(0, group, torch.where(live, k, 0), "amax")
         sketch[:, column] = best
 
 
-def add_columns(sketch: Tensor, column: Tensor, keep: Tensor, group_ids: Tensor | None) -> None:
-    """Add 1 at (group, column) for each kept token, or to BAD_GROUP of group 0 where the group does not exist."""
+def add_columns(sketch: Tensor, column: Tensor, amount: Tensor, group_ids: Tensor | None) -> None:
+    """Add each token's amount at (group, column); where it is not 0 and the group does not exist, 1 to BAD_GROUP."""
     group, known = _groups(group_ids, column, sketch.shape[0])
-    flat = torch.where(known, group * layout.WIDTH + column, layout.BAD_GROUP)
+    flat = torch.where(known, group * sketch.shape[1] + column, BAD_GROUP)
     counts = torch.zeros(sketch.numel(), dtype=torch.int64, device=sketch.device)
-    sketch += counts.scatter_add_(0, flat, keep.long()).view_as(sketch)
+    sketch += counts.scatter_add_(0, flat, torch.where(known, amount, amount.clamp(max=1))).view_as(sketch)
 
 
 def _groups(group_ids: Tensor | None, like: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -54,26 +84,21 @@ def _groups(group_ids: Tensor | None, like: Tensor, groups: int) -> tuple[Tensor
     return torch.where(known, group_ids.long(), 0), known
 
 
-def _add_sums(sketch: Tensor, values: Tensor, keep: Tensor, group: Tensor) -> None:
-    """Add the limbs of x and x^2: every product, floor and difference below is exact in float64."""
-    x = torch.where(keep, values, 0.0).double().clamp(-layout.LIMIT, layout.LIMIT)
-    sum_hi = torch.floor(x * 2.0**20)
-    sum_lo = torch.round((x * 2.0**20 - sum_hi) * 2.0**28)
-    square = x * x
+def _add_sums(sketch: Tensor, values: Tensor, weight: Tensor, group: Tensor) -> None:
+    """Add the limbs of w x and w x^2, all in float64, where for w = 1 only the last rounding of each is not exact."""
+    x = values.clamp(-LIMIT, LIMIT)
+    total = x * weight * 2.0**20
+    sum_hi = torch.floor(total)
+    sum_lo = torch.round((total - sum_hi) * 2.0**28)
+    square = (x * x * weight).clamp(max=LIMIT * LIMIT)
     sq_hi = torch.floor(square * 2.0**-8)
     rest = (square - sq_hi * 2.0**8) * 2.0**20
     sq_mid = torch.floor(rest)
     sq_lo = torch.round((rest - sq_mid) * 2.0**28)
-    limbs = {
-        layout.SUM_HI: sum_hi,
-        layout.SUM_LO: sum_lo,
-        layout.SQ_HI: sq_hi,
-        layout.SQ_MID: sq_mid,
-        layout.SQ_LO: sq_lo,
-    }
+    limbs = {SUM_HI: sum_hi, SUM_LO: sum_lo, SQ_HI: sq_hi, SQ_MID: sq_mid, SQ_LO: sq_lo}
     for column, limb in limbs.items():
-        total = torch.zeros(sketch.shape[0], dtype=torch.int64, device=sketch.device)
-        sketch[:, column] += total.scatter_add_(0, group, limb.long())
+        added = torch.zeros(sketch.shape[0], dtype=torch.int64, device=sketch.device)
+        sketch[:, column] += added.scatter_add_(0, group, limb.long())
 
 
 def extremes(sketch: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,9 +108,9 @@ def extremes(sketch: Tensor) -> tuple[Tensor, Tensor]:
         bits = torch.where(key >= 0, key, key ^ 0x7FFFFFFF)
         return bits.int().view(torch.float32)
 
-    some = sketch[:, layout.MAX_KEY] > 0
-    low = torch.where(some, value(2**31 - sketch[:, layout.MIN_KEY]), torch.nan)
-    high = torch.where(some, value(sketch[:, layout.MAX_KEY] - 2**31 - 1), torch.nan)
+    some = sketch[:, MAX_KEY] > 0
+    low = torch.where(some, value(2**31 - sketch[:, MIN_KEY]), torch.nan)
+    high = torch.where(some, value(sketch[:, MAX_KEY] - 2**31 - 1), torch.nan)
     return low, high
 
 
@@ -133,9 +158,9 @@ def sketch_quantile(sketch: Tensor, q: Tensor, interpolation: str) -> tuple[Tens
 
 def _buckets(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, lower and upper edges (G, BINS + 3) of the buckets in the order of their values."""
-    order = [layout.ZERO, *range(layout.BINS), layout.OVERFLOW, layout.INF]
-    counts = sketch[:, order]
-    edges = bin_edges(sketch.device).double()
+    layout = Layout.of_width(sketch.shape[1])
+    counts = torch.cat([sketch[:, [ZERO]], sketch[:, SPECIAL:], sketch[:, [OVERFLOW, INF]]], 1)
+    edges = bin_edges(layout, sketch.device).double()
     high = extremes(sketch)[1].double()
     groups = counts.shape[0]
     infinity = torch.full((groups, 1), torch.inf, dtype=torch.float64, device=sketch.device)
