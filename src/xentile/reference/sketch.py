@@ -38,8 +38,7 @@ def column_of(values: Tensor, layout: Layout = DEFAULT) -> Tensor:
 
 
 def bin_edges(layout: Layout = DEFAULT, device: torch.device | str | None = None) -> Tensor:
-    """The edges of the regular bins, one more than there are bins, float32, ascending: bin i is [edge[i], edge[i +
-    1])."""
+    """The edges of the regular bins, float32, ascending, one more than bins: bin i is [edge[i], edge[i + 1])."""
     keys = torch.arange(layout.bins + 1, device=device) + layout.first_key
     return (keys << layout.shift).int().view(torch.float32)
 
