@@ -33,6 +33,9 @@ $(READY): $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+# Threads that wait without spinning: on a machine with other work spinning made the demo several times slower.
+demo test asan: export OMP_WAIT_POLICY ?= passive
+
 demo: $(READY) ## train a small language model for a minute and chart the percentiles of its loss (DEMO="--seconds 20")
 	@$(BIN)/python examples/train_lm.py $(DEMO)
 
