@@ -76,13 +76,14 @@ def cross_entropy(
         "entropy_ptr": entropy,
         "rank_ptr": target_rank,
         "sketch_ptr": sketch,
+        "BITS": 0 if sketch is None else layout.Layout.of_width(sketch.shape[1]).mantissa_bits,
         "loss_ptr": loss,
         "denominator_ptr": denominator,
         "REDUCTION": kind,
         "PREPARED": prepared,
         "GROUPED": group_ids is not None and groups > 1,
     }
-    arguments |= _gradient_arguments(None, dlogits, aligned)
+    arguments |= _gradient_arguments(None, dlogits, aligned, False)
     with launch.guard(logits):
         _prepare(arguments, prepared, device)
         if n > 0:
@@ -108,15 +109,19 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: float,
     logit_scale: float,
+    filled: bool,
     *,
     rows: launch.Rows | None = None,
 ) -> None:
-    """Fill dlogits. `rows` overrides the choice of `launch.backward`, for tests."""
+    """Fill dlogits, unless it is `filled` for a dloss of 1 and that is what dloss is.
+
+    `rows` overrides the choice of `launch.backward`, for tests.
+    """
     n, v = logits.shape
     device = launch.device_of(logits)
     arguments = _inputs(logits, target, weight, token_weight, denominator, ignore_index, zero_if_empty=False)
     arguments |= _options(label_smoothing, z_loss, softcap, logit_scale)
-    arguments |= _gradient_arguments(dloss, dlogits, _aligned_alike(logits, dlogits))
+    arguments |= _gradient_arguments(dloss, dlogits, _aligned_alike(logits, dlogits), filled)
     arguments |= {"N": n, "normalizer_ptr": denominator, "token_loss_ptr": token_loss, "max_ptr": row_max, "sum_ptr": sum_exp}
     with launch.guard(logits):
         _prepare(arguments, False, device)
@@ -169,13 +174,14 @@ def _options(label_smoothing: float, z_loss: float, softcap: float, logit_scale:
     }
 
 
-def _gradient_arguments(dloss: Tensor | None, dlogits: Tensor | None, aligned: bool) -> dict[str, Any]:
+def _gradient_arguments(dloss: Tensor | None, dlogits: Tensor | None, aligned: bool, filled: bool) -> dict[str, Any]:
     return {
         "dloss_ptr": dloss,
         "dloss_stride": 0 if dloss is None or dloss.dim() == 0 else 1,
         "dx_ptr": dlogits,
         "dx_stride": 0 if dlogits is None else dlogits.stride(0),
         "TOGETHER": aligned,
+        "FILLED": filled,
     }
 
 
@@ -211,4 +217,6 @@ def _forward_rows(arguments: dict[str, Any], rows: launch.Rows, device: launch.D
 
 def _gradient_rows(arguments: dict[str, Any], rows: launch.Rows, device: launch.Device) -> None:
     chosen = arguments | {"BLOCK": rows.block, "splits": rows.splits}
-    launch.run(gradient_kernel, (arguments["N"], rows.splits), chosen, rows.threads, device)
+    # A gradient that is there already shall cost no more than a few programs that find that out.
+    most = 8 * device.processors if arguments["FILLED"] else 2**31 - 1
+    launch.run(gradient_kernel, (min(arguments["N"] * rows.splits, most),), chosen, rows.threads, device)

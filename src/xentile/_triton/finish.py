@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from xentile._triton.forward import SCALARS, read_divisor, read_target
-from xentile._triton.sketch import BAD_GROUP, IGNORED, OUT_OF_RANGE, add, add_moments, read_group
+from xentile._triton.forward import UNSPECIALIZED, read_divisor, read_target
+from xentile._triton.counting import BAD_GROUP, IGNORED, OUT_OF_RANGE, add, add_moments, read_group
 
 BLOCK = 4096
 """Tokens a tile. Fixed, because it decides the order of the sums over rows: the loss has the same bits on every device."""
@@ -28,7 +28,7 @@ def sum_weights(target_ptr, weight_ptr, token_weight_ptr, N, V, ignore_index, BL
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=[*SCALARS, "N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
     target_ptr, weight_ptr, token_weight_ptr, denominator_ptr, weight_sum_ptr, N, V, ignore_index: tl.int64, zero_if_empty,
     BLOCK: tl.constexpr,
@@ -70,11 +70,11 @@ def write_loss(
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=[*SCALARS, "N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_kernel(
     target_ptr, weight_ptr, token_weight_ptr, normalizer_ptr, group_ptr, row_loss_ptr, token_loss_ptr, loss_ptr, denominator_ptr,
     sketch_ptr, N, V, groups, ignore_index: tl.int64, zero_if_empty,
-    REDUCTION: tl.constexpr, PREPARED: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCTION: tl.constexpr, PREPARED: tl.constexpr, GROUPED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program 0 sums the loss, alone and in a fixed order; each program adds BLOCK tokens to the sketch.
 
@@ -96,10 +96,10 @@ def finish_kernel(
         _, valid, in_range = read_target(target_ptr, row, mask, ignore_index, V)
         group, known = read_group(group_ptr, groups, row, mask)
         one = known.to(tl.int64)
-        add(sketch_ptr, group, IGNORED, one, known & (valid == 0), GROUPED)
-        add(sketch_ptr, group, OUT_OF_RANGE, one, known & valid & (in_range == 0), GROUPED)
+        add(sketch_ptr, group, IGNORED, one, known & (valid == 0), BITS, GROUPED)
+        add(sketch_ptr, group, OUT_OF_RANGE, one, known & valid & (in_range == 0), BITS, GROUPED)
         if group_ptr is not None:
             stray = mask & (known == 0)
-            add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, False)
+            add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, BITS, False)
         value = tl.load(token_loss_ptr + row, mask=mask, other=0.0)
-        add_moments(sketch_ptr, group, value, known & in_range, GROUPED)
+        add_moments(sketch_ptr, group, value, one, tl.full([], 1, tl.int64), known & in_range, BITS, GROUPED)

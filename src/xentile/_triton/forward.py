@@ -7,8 +7,8 @@ None switches its feature off at compile time. Nothing is specialised on a scala
 import triton
 import triton.language as tl
 
-from xentile._triton.row import HUGE, INFINITY, LN2, LOG2E, NAN, coefficients, row_terms, slope, transform
-from xentile._triton.sketch import count_value
+from xentile._triton.row import HUGE, INFINITY, LN2, LOG2E, coefficients, row_terms, slope, transform
+from xentile._triton.counting import count_value
 from xentile._triton.span import (
     cut,
     empty_state,
@@ -26,8 +26,12 @@ from xentile._triton.span import (
     zero_span,
 )
 
-SCALARS = ["V", "x_stride", "dx_stride", "groups", "ignore_index", "zero_if_empty", "splits", "dloss_stride"]
-"""Integer arguments: variants for 1 and for multiples of 16 would be compiled for nothing."""
+UNSPECIALIZED = [
+    *("N", "V", "x_stride", "dx_stride", "groups", "ignore_index", "zero_if_empty", "splits", "dloss_stride"),
+    *("x_ptr", "dx_ptr"),
+]
+"""Arguments whose values choose no variant. For integers, one for 1 and one for multiples of 16 would be compiled for nothing. `cut`
+finds the alignment of rows at run time; and told that a tensor is small, the AMD backend would load it without `multiple_of`."""
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def read_divisor(normalizer_ptr, zero_if_empty):
 @triton.jit
 def write_row(
     row, mask, t, valid, in_range, z_t, reduction, weights, outputs, group_ptr, groups, V,
-    logit_scale, softcap, label_smoothing, z_loss, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+    logit_scale, softcap, label_smoothing, z_loss, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one row, or of a vector of rows: losses, statistics, and one count in the sketch.
 
@@ -102,7 +106,7 @@ def write_row(
     loss += tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)  # 0 * inf where lse^2 overflows
     loss *= token_weight
     predicted = tl.where(argmax < V, argmax, 0)  # a row of NaN has no maximum
-    nothing = tl.where(valid, NAN, 0.0)
+    nothing = tl.where(valid, float("nan"), 0.0)
 
     tl.store(row_loss_ptr + row, tl.where(in_range, loss, nothing), mask=mask)
     tl.store(token_loss_ptr + row, tl.where(in_range, ce, nothing), mask=mask)
@@ -116,17 +120,18 @@ def write_row(
     if rank_ptr is not None:
         tl.store(rank_ptr + row, tl.where(in_range, ahead, -1).to(tl.int64), mask=mask)
     if sketch_ptr is not None:
-        count_value(sketch_ptr, group_ptr, groups, row, ce, mask & in_range)
+        count_value(sketch_ptr, group_ptr, groups, row, ce, mask & in_range, BITS)
     return ce, m, total
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_kernel(
     x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, normalizer_ptr, group_ptr,
     row_loss_ptr, token_loss_ptr, lse_ptr, max_ptr, sum_ptr, predicted_ptr, correct_ptr, entropy_ptr, rank_ptr, sketch_ptr, dx_ptr,
     V, x_stride: tl.int64, dx_stride: tl.int64, groups, ignore_index: tl.int64, zero_if_empty,
     label_smoothing, z_loss, softcap, logit_scale,
     BLOCK: tl.constexpr, RESIDENT: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """One program a row: reduce, epilogue and, with dx_ptr, the gradient.
 
@@ -172,7 +177,7 @@ def row_kernel(
     )  # fmt: skip
     ce, m, total = write_row(
         row, row >= 0, t, valid, in_range, z_t, reduction, weights, outputs, group_ptr, groups, V,
-        logit_scale, softcap, label_smoothing, z_loss, TRANSFORM, SMOOTH,
+        logit_scale, softcap, label_smoothing, z_loss, TRANSFORM, SMOOTH, BITS,
     )  # fmt: skip
     if dx_ptr is not None:
         dx_row = dx_ptr + row * dx_stride
@@ -200,29 +205,48 @@ def row_kernel(
             zero_span(dx_row, 0, body, 1, head, body, V, BLOCK, VEC)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_kernel(
     dloss_ptr, x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, normalizer_ptr,
     token_loss_ptr, max_ptr, sum_ptr, dx_ptr,
-    V, x_stride: tl.int64, dx_stride: tl.int64, dloss_stride, ignore_index: tl.int64, zero_if_empty, splits,
+    N, V, x_stride: tl.int64, dx_stride: tl.int64, dloss_stride, ignore_index: tl.int64, zero_if_empty, splits,
     label_smoothing, z_loss, softcap, logit_scale,
-    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient from what the forward saved: part `program_id(1)` of `splits` of a row.
+    """The gradient from what the forward saved. The N * splits parts of rows are dealt out to the programs in turn.
 
     dloss_ptr: the gradient of the loss, read at row * dloss_stride; None means 1.
+    FILLED: dx holds the gradient for a loss gradient of 1 already, so that nothing is to be done if it is 1.
     """
+    items = N.to(tl.int64) * splits
+    if FILLED:
+        items = tl.where(tl.load(dloss_ptr) == 1.0, 0, items)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        # The rows that the forward read last come first: they are in the cache.
+        row = N - 1 - item // splits
+        write_part(
+            row, (item % splits).to(tl.int32), dloss_ptr, x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr,
+            normalizer_ptr, token_loss_ptr, max_ptr, sum_ptr, dx_ptr, V, x_stride, dx_stride, dloss_stride, ignore_index,
+            zero_if_empty, splits, label_smoothing, z_loss, softcap, logit_scale, BLOCK, TOGETHER, TRANSFORM, SMOOTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def write_part(
+    row, part, dloss_ptr, x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, normalizer_ptr,
+    token_loss_ptr, max_ptr, sum_ptr, dx_ptr, V, x_stride, dx_stride, dloss_stride, ignore_index,
+    zero_if_empty, splits, label_smoothing, z_loss, softcap, logit_scale,
+    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Part `part` of `splits` of a gradient row; see `gradient_kernel`."""
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    # The rows that the forward read last come first: they are in the cache.
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    part = tl.program_id(1)
-    t, _, in_range = read_target(target_ptr, row, row >= 0, ignore_index, V)
+    t, valid, in_range = read_target(target_ptr, row, row >= 0, ignore_index, V)
     x_row = x_ptr + row * x_stride
     dx_row = dx_ptr + row * dx_stride
     head, body = cut(dx_row, V, VEC)
     first, last = part_of(body, part, splits, BLOCK)
     if in_range:
-        _, z_t = read_logit(x_row + t, in_range, logit_scale, softcap, TRANSFORM)
+        x_t, z_t = read_logit(x_row + t, in_range, logit_scale, softcap, TRANSFORM)
         weights = read_weights(weight_ptr, weight_sum_ptr, token_weight_ptr, row, t, in_range, V, SMOOTH)
         dloss = 1.0
         if dloss_ptr is not None:
@@ -237,17 +261,15 @@ def gradient_kernel(
             x_row, dx_row, weight_ptr, first, last, head, scales, logit_scale, softcap,
             BLOCK, VEC, TOGETHER, TRANSFORM, SMOOTH,
         )  # fmt: skip
-        in_edges = (t < head) | (t >= head + body)
         if part == 0:
-            write_edges(
-                x_row, dx_row, weight_ptr, head, body, V, scales, logit_scale, softcap, VEC, TRANSFORM, SMOOTH
-            )
+            write_edges(x_row, dx_row, weight_ptr, head, body, V, scales, logit_scale, softcap, VEC, TRANSFORM, SMOOTH)
+        in_edges = (t < head) | (t >= head + body)
         write_target(dx_row, t, at_target, tl.where(in_edges, part == 0, (t >= head + first) & (t < head + last)))
     else:
         zero_span(dx_row, first, last, (part == 0).to(tl.int32), head, body, V, BLOCK, VEC)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def split_kernel(
     x_ptr, target_ptr, weight_ptr, partial_ptr,
     V, x_stride: tl.int64, ignore_index: tl.int64, splits, softcap, logit_scale,
@@ -285,12 +307,12 @@ def part_of(body, part, splits, BLOCK: tl.constexpr):
     return tl.minimum(part * size, body), tl.minimum(part * size + size, body)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def combine_kernel(
     x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, group_ptr, partial_ptr,
     row_loss_ptr, token_loss_ptr, lse_ptr, max_ptr, sum_ptr, predicted_ptr, correct_ptr, entropy_ptr, rank_ptr, sketch_ptr,
     V, x_stride: tl.int64, groups, ignore_index: tl.int64, splits, label_smoothing, z_loss, softcap, logit_scale,
-    PARTS: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+    PARTS: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of a row, and its epilogue. PARTS is the power of two from `splits` on."""
     row = tl.program_id(0).to(tl.int64)
@@ -326,5 +348,5 @@ def combine_kernel(
     )  # fmt: skip
     write_row(
         row, row >= 0, t, valid, in_range, z_t, reduction, weights, outputs, group_ptr, groups, V,
-        logit_scale, softcap, label_smoothing, z_loss, TRANSFORM, SMOOTH,
+        logit_scale, softcap, label_smoothing, z_loss, TRANSFORM, SMOOTH, BITS,
     )  # fmt: skip

@@ -14,7 +14,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HUGE = tl.constexpr(1e38)  # |z| beyond it counts as infinite: b must be finite
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def row_terms(m, z_t, rest, gap):
     # The target is the maximum: total = 1 + rest, and the quotient undoes the rounding of that sum.
     precise = tl.where(total == 1.0, rest, log_s * (rest / (total - 1.0)))
     log_s = tl.where(z_t == m, precise, log_s)
-    log_s = tl.where(tl.abs(m) < HUGE, log_s, NAN)
+    log_s = tl.where(tl.abs(m) < HUGE, log_s, float("nan"))
     entropy = log_s + (gap * LN2 + tl.where(e_t > 0.0, e_t * below, 0.0)) / total
     return tl.where(z_t == m, log_s, below + log_s), log_s, total, entropy
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from xentile._triton.span import cut, edges, groups_before, tile
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "x_ptr"])
 def scale_kernel(x_ptr, scale_ptr, n: tl.int64, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Program i scales elements [i, i + 1) * TILES * BLOCK of the n. Nothing to do is decided here, not on the host."""
     scale = tl.load(scale_ptr).to(tl.float32)

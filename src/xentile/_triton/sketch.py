@@ -1,103 +1,189 @@
-"""The loss sketch as device functions: the column of a value, counting one, and adding up a tile. Layout: xentile/_layout.py."""
+"""Kernels and launchers of `sketch_update` and `sketch_quantile`, with their schemas' signatures."""
+
+from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from xentile import _layout as layout
+from xentile._triton import launch
+from xentile._triton.counting import (
+    BAD_GROUP,
+    E_MAX,
+    E_MIN,
+    HIGHEST,
+    INF,
+    LOWEST,
+    MAX_KEY,
+    MIN_KEY,
+    OVERFLOW,
+    SPECIAL,
+    ZERO,
+    add,
+    add_moments,
+    column_of,
+    edge_of,
+    read_group,
+    rint,
+    value_of_key,
+    width_of,
+)
 
-WIDTH, BINS = tl.constexpr(layout.WIDTH), tl.constexpr(layout.BINS)
-SHIFT, FIRST_KEY = tl.constexpr(layout.SHIFT), tl.constexpr(layout.FIRST_KEY)
-LOWEST, HIGHEST, LIMIT = tl.constexpr(2.0**layout.E_MIN), tl.constexpr(2.0**layout.E_MAX), tl.constexpr(layout.LIMIT)
-ZERO, OVERFLOW, INF, NAN = (tl.constexpr(c) for c in (layout.ZERO, layout.OVERFLOW, layout.INF, layout.NAN))
-IGNORED, OUT_OF_RANGE, BAD_GROUP = (tl.constexpr(c) for c in (layout.IGNORED, layout.OUT_OF_RANGE, layout.BAD_GROUP))
-SUM_LO, SUM_HI = tl.constexpr(layout.SUM_LO), tl.constexpr(layout.SUM_HI)
-SQ_LO, SQ_MID, SQ_HI = tl.constexpr(layout.SQ_LO), tl.constexpr(layout.SQ_MID), tl.constexpr(layout.SQ_HI)
-MAX_KEY, MIN_KEY = tl.constexpr(layout.MAX_KEY), tl.constexpr(layout.MIN_KEY)
-
-
-@triton.jit
-def column_of(value):
-    """The column, int32, that counts a float32 value."""
-    column = (value.to(tl.int32, bitcast=True) >> SHIFT) - FIRST_KEY
-    column = tl.where(value < LOWEST, ZERO, column)
-    column = tl.where(value >= HIGHEST, OVERFLOW, column)
-    column = tl.where(value == float("inf"), INF, column)
-    return tl.where((value != value) | (value == float("-inf")), NAN, column)
-
-
-@triton.jit
-def value_of_key(key):
-    """The float32 with an order-preserving key, int64."""
-    bits = tl.where(key >= 0, key, key ^ 0x7FFFFFFF)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def rint(x):
-    """To the nearest integer, half to even, for 0 <= x < 2^51 in float64: there is no room for a fraction beside 2^52."""
-    return (x + 4503599627370496.0) - 4503599627370496.0
+HEAVIEST = tl.constexpr(2.0**40)  # more of a weight, in units, is not counted: 2^23 such values fit in an int64
+TILE = 4096
+PRIVATE_FROM = 1 << 18
+"""Values from which on programs count in shared memory first. Below, their own histograms would have more bins than values."""
 
 
 @triton.jit
-def read_group(group_ptr, groups, row, mask):
-    """(group, known) of the tokens `row`; group 0 where it is not known."""
-    group = row.to(tl.int64) * 0
-    known = mask
-    if group_ptr is not None:
-        group = tl.load(group_ptr + row, mask=mask, other=0).to(tl.int64)
-        known = mask & (group >= 0) & (group < groups)
-        group = tl.where(known, group, 0)
-    return group, known
+def amount_of(weight_ptr, i, keep, unit):
+    """int64 [BLOCK]: the unit, or a value's weight in it."""
+    if weight_ptr is None:
+        return tl.where(keep, unit, 0)
+    weight = rint(tl.load(weight_ptr + i, mask=keep, other=0.0).to(tl.float64) * unit.to(tl.float64))
+    weight = tl.where(weight == weight, weight, 0.0)
+    return tl.minimum(tl.maximum(weight, 0.0), HEAVIEST).to(tl.int64)
 
 
-@triton.jit
-def count_value(sketch_ptr, group_ptr, groups, row, value, mask):
-    """+1 for the value's bin. Relaxed and with the result unused, it is a single reduction without a fence."""
-    group, known = read_group(group_ptr, groups, row, mask)
-    tl.atomic_add(sketch_ptr + group * WIDTH + column_of(value), known.to(tl.int64), mask=known, sem="relaxed")
+@triton.jit(do_not_specialize=["n", "groups", "unit"])
+def update_kernel(
+    value_ptr, mask_ptr, weight_ptr, group_ptr, sketch_ptr, n: tl.int64, groups, unit: tl.int64,
+    PRIVATE: tl.constexpr, GROUPED: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add values (n,) where mask (n,) holds; each program takes every num_programs-th tile.
 
-
-@triton.jit
-def add(sketch_ptr, group, column: tl.constexpr, amount, mask, GROUPED: tl.constexpr):
-    """Add int64 amounts of a tile to one column; without groups as one sum."""
-    if GROUPED:
-        tl.atomic_add(sketch_ptr + group * WIDTH + column, amount, mask=mask, sem="relaxed")
-    else:
-        total = tl.sum(tl.where(mask, amount, 0), 0)
-        tl.atomic_add(sketch_ptr + column, total, mask=total != 0, sem="relaxed")
-
-
-@triton.jit
-def raise_to(sketch_ptr, group, column: tl.constexpr, key, mask, GROUPED: tl.constexpr):
-    """The larger of one column and the int64 keys of a tile."""
-    if GROUPED:
-        tl.atomic_max(sketch_ptr + group * WIDTH + column, key, mask=mask, sem="relaxed")
-    else:
-        largest = tl.max(tl.where(mask, key, 0), 0)
-        tl.atomic_max(sketch_ptr + column, largest, mask=largest > 0, sem="relaxed")
-
-
-@triton.jit
-def add_moments(sketch_ptr, group, value, mask, GROUPED: tl.constexpr):
-    """Everything about the values of a tile but their bins: the limbs of their sums, and the extremes.
-
-    The limbs are integers, so the result does not depend on the order of programs and atomics.
+    PRIVATE: bins are counted in a histogram of the program's own, which is added to the sketch once, at the end. Many equal
+    values, such as the losses of tokens that the model is sure of, would otherwise queue at one address.
     """
-    seen = mask & (value == value) & (value != float("-inf"))
-    finite = seen & (value != float("inf"))
-    x = tl.where(finite, value, 0.0).to(tl.float64)
-    x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-    hi = tl.floor(x * 1048576.0)
-    add(sketch_ptr, group, SUM_HI, hi.to(tl.int64), finite, GROUPED)
-    add(sketch_ptr, group, SUM_LO, rint((x * 1048576.0 - hi) * 268435456.0).to(tl.int64), finite, GROUPED)
-    square = x * x
-    hi = tl.floor(square * 0.00390625)
-    rest = (square - hi * 256.0) * 1048576.0
-    mid = tl.floor(rest)
-    add(sketch_ptr, group, SQ_HI, hi.to(tl.int64), finite, GROUPED)
-    add(sketch_ptr, group, SQ_MID, mid.to(tl.int64), finite, GROUPED)
-    add(sketch_ptr, group, SQ_LO, rint((rest - mid) * 268435456.0).to(tl.int64), finite, GROUPED)
-    bits = value.to(tl.int32, bitcast=True)
-    key = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64)
-    raise_to(sketch_ptr, group, MAX_KEY, key + 2147483649, seen, GROUPED)
-    raise_to(sketch_ptr, group, MIN_KEY, 2147483648 - key, seen, GROUPED)
+    histogram = tl.zeros([COLUMNS], tl.int32)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+        i = first + tl.arange(0, BLOCK)
+        keep = i < n
+        if mask_ptr is not None:
+            keep &= tl.load(mask_ptr + i, mask=keep, other=0) != 0
+        value = tl.load(value_ptr + i, mask=keep, other=0.0)
+        amount = amount_of(weight_ptr, i, keep, unit)
+        keep &= amount > 0
+        group, known = read_group(group_ptr, groups, i, keep)
+        if group_ptr is not None:
+            stray = keep & (known == 0)
+            add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, BITS, False)
+        if PRIVATE:
+            histogram += tl.histogram(tl.where(known, column_of(value, BITS), COLUMNS - 1), COLUMNS)
+        else:
+            column = group * width_of(BITS) + column_of(value, BITS)
+            tl.atomic_add(sketch_ptr + column, amount, mask=known, sem="relaxed")
+        add_moments(sketch_ptr, group, value, amount, unit, known, BITS, GROUPED)
+    if PRIVATE:
+        column = tl.arange(0, COLUMNS)
+        some = (histogram != 0) & (column < width_of(BITS))  # the last column took the values that don't count
+        tl.atomic_add(sketch_ptr + column, histogram.to(tl.int64) * unit, mask=some, sem="relaxed")
+
+
+def sketch_update(
+    values: Tensor, mask: Tensor | None, weights: Tensor | None, group_ids: Tensor | None, sketch: Tensor, unit: int
+) -> None:
+    """Add values (N,) float32 to the sketch where mask (N,) holds; each counts `unit`, or its weight (N,) in that unit."""
+    n, groups = values.numel(), sketch.shape[0]
+    if n == 0:
+        return
+    device = launch.device_of(values)
+    grouped = group_ids is not None and groups > 1
+    arguments = {
+        "value_ptr": values,
+        "mask_ptr": mask,
+        "weight_ptr": weights,
+        "group_ptr": group_ids,
+        "sketch_ptr": sketch,
+        "n": n,
+        "groups": groups,
+        "unit": unit,
+        "PRIVATE": not grouped and weights is None and n >= PRIVATE_FROM,
+        "GROUPED": grouped,
+        "BITS": layout.Layout.of_width(sketch.shape[1]).mantissa_bits,
+        "COLUMNS": triton.next_power_of_2(sketch.shape[1] + 1),
+        "BLOCK": TILE,
+    }
+    with launch.guard(values):
+        programs = min(triton.cdiv(n, TILE), 2 * device.processors)
+        launch.run(update_kernel, (programs,), arguments, 256, device)
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def order_statistic(k, counts, below, zeros, regular, overflow, n, low, high, BITS: tl.constexpr):
+    """(estimate, lower, upper) of the value of rank k, float64. below: cumulative counts of the bins, each with its own.
+
+    The buckets in order: ZERO, the bins, OVERFLOW, INF. A bin's values are taken as spread evenly in rank.
+    """
+    i = tl.arange(0, (E_MAX - E_MIN) << BITS)
+    index = tl.sum((below <= k - zeros).to(tl.int32), 0)
+    c = tl.sum(tl.where(i == index, counts, 0), 0)
+    before = zeros + tl.sum(tl.where(i < index, counts, 0), 0)
+    left, right = edge_of(index, BITS).to(tl.float64), edge_of(index + 1, BITS).to(tl.float64)
+    in_zero, in_overflow, in_inf = k < zeros, k >= zeros + regular, k >= zeros + regular + overflow
+    c = tl.where(in_overflow, overflow, c)
+    before = tl.where(in_overflow, zeros + regular, before)
+    top = tl.maximum(tl.minimum(high, 3.4028234663852886e38), HIGHEST)
+    left = tl.where(in_overflow, HIGHEST, left)
+    right = tl.where(in_overflow, top, right)
+    value = left + (right - left) * ((k - before).to(tl.float64) + 0.5) / tl.maximum(c, 1).to(tl.float64)
+    value = tl.where(in_zero, 0.0, tl.where(in_inf, float("inf"), value))
+    left = tl.where(in_zero, float("-inf"), tl.where(in_inf, float("inf"), left))
+    right = tl.where(in_zero, LOWEST, tl.where(in_inf, float("inf"), right))
+    value = tl.where(k == 0, low, tl.where(k == n - 1, high, value))
+    return clamp(value, low, high), clamp(left, low, high), clamp(right, low, high)
+
+
+@triton.jit
+def quantile_kernel(sketch_ptr, q_ptr, value_ptr, lower_ptr, upper_ptr, INTERPOLATION: tl.constexpr, BITS: tl.constexpr):
+    """Program (g, i): quantile q[i] of group g."""
+    row = sketch_ptr + tl.program_id(0).to(tl.int64) * width_of(BITS)
+    out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    counts = tl.load(row + SPECIAL + tl.arange(0, (E_MAX - E_MIN) << BITS))
+    zeros, overflow = tl.load(row + ZERO), tl.load(row + OVERFLOW)
+    regular = tl.sum(counts, 0)
+    n = zeros + regular + overflow + tl.load(row + INF)
+    below = tl.cumsum(counts, 0)
+    low = value_of_key(2147483648 - tl.load(row + MIN_KEY)).to(tl.float64)
+    high = value_of_key(tl.load(row + MAX_KEY) - 2147483649).to(tl.float64)
+
+    h = tl.load(q_ptr + tl.program_id(1)) * tl.maximum(n - 1, 0).to(tl.float64)
+    lo = tl.floor(h)
+    fraction = h - lo
+    if INTERPOLATION == "nearest":
+        lo = rint(h)
+        fraction = h * 0.0
+    hi = tl.where(fraction > 0.0, tl.minimum(lo + 1.0, (n - 1).to(tl.float64)), lo)
+    at_lo, lower, _ = order_statistic(lo.to(tl.int64), counts, below, zeros, regular, overflow, n, low, high, BITS)
+    at_hi, _, upper = order_statistic(hi.to(tl.int64), counts, below, zeros, regular, overflow, n, low, high, BITS)
+    if INTERPOLATION == "lower" or INTERPOLATION == "nearest":
+        value = at_lo
+    elif INTERPOLATION == "higher":
+        value = at_hi
+    else:
+        step = 0.5 if INTERPOLATION == "midpoint" else fraction
+        between = tl.where(at_hi == float("inf"), float("inf"), at_lo + step * (at_hi - at_lo))
+        value = tl.where((fraction == 0.0) | (at_lo == at_hi), at_lo, between)
+    empty = n == 0
+    tl.store(value_ptr + out, tl.where(empty, float("nan"), value).to(tl.float32))
+    tl.store(lower_ptr + out, tl.where(empty, float("nan"), lower).to(tl.float32))
+    tl.store(upper_ptr + out, tl.where(empty, float("nan"), upper).to(tl.float32))
+
+
+def sketch_quantile(sketch: Tensor, q: Tensor, value: Tensor, lower: Tensor, upper: Tensor, interpolation: int) -> None:
+    """Fill value, lower and upper (G, Q) float32 with the quantiles q (Q,) float64 of each group."""
+    grid = (sketch.shape[0], q.shape[0])
+    if 0 in grid:
+        return
+    arguments = {"sketch_ptr": sketch, "q_ptr": q, "value_ptr": value, "lower_ptr": lower, "upper_ptr": upper}
+    arguments["INTERPOLATION"] = layout.INTERPOLATIONS[interpolation]
+    arguments["BITS"] = layout.Layout.of_width(sketch.shape[1]).mantissa_bits
+    with launch.guard(sketch):
+        launch.run(quantile_kernel, grid, arguments, 256, launch.device_of(sketch))
