@@ -4,7 +4,7 @@
 #include "dispatch.h"
 #include "operators.h"
 #include "problem.h"
-#include "sketch_counter.h"
+#include "sketch_state.h"
 
 namespace xentile {
 namespace {
@@ -58,7 +58,7 @@ class Forward {
     }
     outputs_.store(i, loss, 1);
     outputs_.store(i, ignored ? -1 : -2, false, -1);
-    if (counter) counter->add_token(ignored ? sketch::kIgnored : sketch::kOutOfRange, group);
+    if (counter) counter->add_token(ignored ? sketch::kIgnored : sketch::kOutOfRange, group, 1);
     if (gradient_) gradient_.clear_row(problem_, i);
   }
 
@@ -102,9 +102,9 @@ void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t
                                 write<int64_t>(t.predicted, ScalarType::Long, rows, "predicted"),
                                 write<int64_t>(t.target_rank, ScalarType::Long, rows, "target_rank"),
                                 write<bool>(t.correct, ScalarType::Bool, rows, "correct")};
-  const int64_t groups = t.sketch ? t.sketch->size(0) : 0;
-  int64_t* state = write<int64_t>(t.sketch, ScalarType::Long, groups * sketch::kWidth, "sketch");
-  const Gradient gradient(t.dlogits, logits);
+  std::optional<sketch::State> state;
+  if (t.sketch) state = write_state(*t.sketch);
+  const Gradient gradient(t.dlogits, logits, problem.row_bytes / problem.columns);
 
   const double total = reduction == kMean ? mean_denominator(problem, normalizer, zero_if_empty) : 1;
   const Acc denominator = static_cast<Acc>(total);
@@ -112,7 +112,7 @@ void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t
   const Forward<Acc> forward(problem, outputs, gradient, denominator);
   torch::stable::parallel_for(0, rows, problem.grain(), [&](int64_t begin, int64_t end) {
     std::optional<sketch::Counter> counter;
-    if (state) counter.emplace(state, groups);
+    if (state) counter.emplace(*state);
     for (int64_t i = begin; i < end; i++) forward.row(i, group_ids ? group_ids[i] : 0, counter ? &*counter : nullptr);
   });
   if (reduction != kNone) *loss = static_cast<Acc>(std::accumulate(row_losses.begin(), row_losses.end(), 0.0) / total);
@@ -120,14 +120,15 @@ void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t
 
 template <class Acc>
 void backward(const Problem<Acc>& problem, const Tensor& logits, const Tensor& dloss_tensor, const Tensor& denominator_tensor,
-              const Tensor& token_loss_tensor, const Tensor& max_tensor, const Tensor& sum_tensor, const Tensor& dlogits, int64_t reduction) {
+              const Tensor& token_loss_tensor, const Tensor& max_tensor, const Tensor& sum_tensor, const Tensor& dlogits, int64_t reduction, bool filled) {
   constexpr ScalarType acc = kAccType<Acc>;
   const Acc* dloss = read<Acc>(dloss_tensor, acc, reduction == kNone ? problem.rows : 1, "dloss");
   const Acc denominator = *read<Acc>(denominator_tensor, acc, 1, "denominator");
   const Acc* token_loss = read<Acc>(token_loss_tensor, acc, problem.rows, "token_loss");
   const Acc* row_max = read<Acc>(max_tensor, acc, problem.rows, "row_max");
   const Acc* sum_exp = read<Acc>(sum_tensor, acc, problem.rows, "sum_exp");
-  const Gradient gradient(dlogits, logits);
+  if (filled && reduction != kNone && *dloss == 1) return;
+  const Gradient gradient(dlogits, logits, problem.row_bytes / problem.columns);
   torch::stable::parallel_for(0, problem.rows, problem.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (problem.targets.ignored(i) || !problem.targets.in_range(i)) {
@@ -160,11 +161,11 @@ void cross_entropy(const Tensor& logits, const Tensor& target, std::optional<Ten
 void cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Tensor& target, std::optional<Tensor> weight,
                             std::optional<Tensor> token_weight, const Tensor& denominator, const Tensor& token_loss,
                             const Tensor& row_max, const Tensor& sum_exp, Tensor dlogits, int64_t ignore_index, int64_t reduction, double label_smoothing,
-                            double z_loss, double softcap, double logit_scale) {
+                            double z_loss, double softcap, double logit_scale, bool filled) {
   with_kernels(logits.scalar_type(), [&](const auto& kernels, int64_t item) {
     backward(make_problem(kernels, item, logits, target, weight, token_weight, ignore_index,
                           {label_smoothing, z_loss, softcap, logit_scale}),
-             logits, dloss, denominator, token_loss, row_max, sum_exp, dlogits, reduction);
+             logits, dloss, denominator, token_loss, row_max, sum_exp, dlogits, reduction, filled);
   });
 }
 

@@ -1,20 +1,36 @@
-// The storage formats of logits: how a vector of floats is read from, and rounded to nearest even into, each of them.
+// The storage formats of logits: how vectors of floats are read from, and rounded to nearest even into, each of them.
+//
+// Work proceeds in batches of kBatch vectors. A format may deal the elements of a batch to lanes in any order, as long as
+// `load`, `load_floats`, `store` and `lane_of` agree: bfloat16 puts even elements in one vector and odd ones in the next, which
+// takes a shift and a mask where the natural order would take shuffles.
 #pragma once
 #include "simd.h"
 
 namespace {
 
-// Writes around the cache where the instruction set can: `p` must be aligned to the vector. `stream_fence` ends it.
-XENTILE_INLINE void stream(void* p, VecF v) {
+constexpr int kBatch = 2;                      // vectors
+constexpr int kStep = kBatch * kLanes;         // elements
+typedef int16_t VecS __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint16_t VecW __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes), may_alias));
+typedef int16_t LooseS __attribute__((vector_size(4 * kLanes), may_alias, aligned(2)));
+typedef uint16_t LooseH __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
+
+struct Batch {
+  VecF v[kBatch];
+};
+
+// How vectors reach memory: through the cache, or around it (`p` aligned to the vector; `stream_fence` ends it).
+template <bool kStream>
+XENTILE_INLINE void put(void* p, VecF v) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+  if (kStream) return _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
 #elif defined(__AVX2__)
-  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+  if (kStream) return _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
 #elif defined(__SSE2__)
-  _mm_stream_ps(static_cast<float*>(p), (__m128)v);
-#else
-  *static_cast<VecF*>(p) = v;
+  if (kStream) return _mm_stream_ps(static_cast<float*>(p), (__m128)v);
 #endif
+  store(static_cast<float*>(p), v);
 }
 
 XENTILE_INLINE void stream_fence() {
@@ -25,61 +41,84 @@ XENTILE_INLINE void stream_fence() {
 
 struct Float32 {
   typedef float T;
-  static constexpr int kVectors = 1;  // vectors of floats that fill one vector of T
-  static XENTILE_INLINE VecF load(const T* p) { return ::load(p); }
-  static XENTILE_INLINE VecF pack(const VecF* v) { return v[0]; }
+  static constexpr T kLowest = -kInf, kNaN = __builtin_nanf("");
+  static XENTILE_INLINE Batch load(const T* p) { return {{::load(p), ::load(p + kLanes)}}; }
+  static XENTILE_INLINE Batch load_floats(const float* p) { return load(p); }
+  static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
+  template <bool kStream>
+  static XENTILE_INLINE void store(T* p, Batch b) {
+    put<kStream>(p, b.v[0]);
+    put<kStream>(p + kLanes, b.v[1]);
+  }
+  static float max(const T* x, int64_t n);
 };
 
-// Packs 32-bit lanes that hold 16-bit numbers, in order.
-XENTILE_INLINE VecF pack_halves(VecU low, VecU high) {
-  struct {
-    VecH low, high;
-  } halves = {__builtin_convertvector(low, VecH), __builtin_convertvector(high, VecH)};
-  VecF packed;
-  __builtin_memcpy(&packed, &halves, sizeof packed);
-  return packed;
-}
-
-struct BFloat16 {
+// The maximum of 16-bit floats by comparing their bits: among numbers with a sign that is the smallest as an unsigned integer,
+// among the others the largest. A NaN may count as larger than all.
+struct Float16Bits {
   typedef uint16_t T;
-  static constexpr int kVectors = 2;
-  static XENTILE_INLINE VecF load(const T* p) {
-    return (VecF)(__builtin_convertvector(*reinterpret_cast<const LooseH*>(p), VecU) << 16);
+  static T max_bits(const T* x, int64_t n);
+};
+
+struct BFloat16 : Float16Bits {
+  static constexpr T kLowest = 0xff80, kNaN = 0x7fc0;
+  static XENTILE_INLINE Batch load(const T* p) {
+    const VecU pairs = (VecU)::load(reinterpret_cast<const float*>(p));
+    return {{(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000u)}};
   }
+  static XENTILE_INLINE Batch load_floats(const float* p) {
+    Batch b;
+    for (int k = 0; k < kLanes; k++) b.v[0][k] = p[2 * k], b.v[1][k] = p[2 * k + 1];
+    return b;
+  }
+  static XENTILE_INLINE int64_t lane_of(int64_t element) { return element / 2 + element % 2 * kLanes; }
+  // A NaN stays one if its payload has a zero among the bits that are kept: see `canonical` in simd.h.
   static XENTILE_INLINE VecU round(VecF v) {
     const VecU bits = (VecU)v;
-    const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (VecU)select(v == v, (VecF)rounded, (VecF)(VecU{} + 0x7fc0u));
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
-  static XENTILE_INLINE VecF pack(const VecF* v) { return pack_halves(round(v[0]), round(v[1])); }
+  template <bool kStream>
+  static XENTILE_INLINE void store(T* p, Batch b) {
+    put<kStream>(p, (VecF)((round(b.v[0]) >> 16) | (round(b.v[1]) & 0xffff0000u)));
+  }
+  static float max(const T* x, int64_t n);
 };
 
-struct Float16 {
-  typedef uint16_t T;
-  static constexpr int kVectors = 2;
+struct Float16 : Float16Bits {
+  static constexpr T kLowest = 0xfc00, kNaN = 0x7e00;
+  static XENTILE_INLINE Batch load(const T* p) { return {{widen(p), widen(p + kLanes)}}; }
+  static XENTILE_INLINE Batch load_floats(const float* p) { return Float32::load(p); }
+  static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
+  template <bool kStream>
+  static XENTILE_INLINE void store(T* p, Batch b) {
+    put<kStream>(p, narrow(b));
+  }
+  static float max(const T* x, int64_t n);
+
+ private:
 #if defined(__AVX512F__)
   // The forms with a mask, all lanes wanted: g++ 12 warns of undefined operands in the others.
-  static XENTILE_INLINE VecF load(const T* p) {
+  static XENTILE_INLINE VecF widen(const T* p) {
     return (VecF)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static XENTILE_INLINE VecF pack(const VecF* v) {
+  static XENTILE_INLINE VecF narrow(Batch b) {
     __m256i halves[2];
-    for (int k = 0; k < 2; k++) halves[k] = _mm512_maskz_cvtps_ph(0xffff, (__m512)v[k], _MM_FROUND_TO_NEAREST_INT);
+    for (int k = 0; k < 2; k++) halves[k] = _mm512_maskz_cvtps_ph(0xffff, (__m512)b.v[k], _MM_FROUND_TO_NEAREST_INT);
     VecF packed;
     __builtin_memcpy(&packed, halves, sizeof packed);
     return packed;
   }
 #elif defined(__F16C__)
-  static XENTILE_INLINE VecF load(const T* p) {
+  static XENTILE_INLINE VecF widen(const T* p) {
     return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static XENTILE_INLINE VecF pack(const VecF* v) {
-    const __m128i low = _mm256_cvtps_ph((__m256)v[0], _MM_FROUND_TO_NEAREST_INT);
-    return (VecF)_mm256_set_m128i(_mm256_cvtps_ph((__m256)v[1], _MM_FROUND_TO_NEAREST_INT), low);
+  static XENTILE_INLINE VecF narrow(Batch b) {
+    const __m128i low = _mm256_cvtps_ph((__m256)b.v[0], _MM_FROUND_TO_NEAREST_INT);
+    return (VecF)_mm256_set_m128i(_mm256_cvtps_ph((__m256)b.v[1], _MM_FROUND_TO_NEAREST_INT), low);
   }
 #else
   // Multiplying by 2**112 moves the exponent bias of float16 to that of float32, subnormals included.
-  static XENTILE_INLINE VecF load(const T* p) {
+  static XENTILE_INLINE VecF widen(const T* p) {
     const VecU half = __builtin_convertvector(*reinterpret_cast<const LooseH*>(p), VecU);
     const VecU magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
     const VecF finite = (VecF)(magnitude << 13) * 0x1p112f;
@@ -96,8 +135,76 @@ struct Float16 {
     result = (VecU)select(magnitude > 0x7f800000u, (VecF)(VecU{} + 0x7e00u), (VecF)result);
     return result | sign;
   }
-  static XENTILE_INLINE VecF pack(const VecF* v) { return pack_halves(round(v[0]), round(v[1])); }
+  static XENTILE_INLINE VecF narrow(Batch b) {
+    VecH halves[2];
+    for (int k = 0; k < 2; k++) halves[k] = __builtin_convertvector(round(b.v[k]), VecH);
+    VecF packed;
+    __builtin_memcpy(&packed, halves, sizeof packed);
+    return packed;
+  }
 #endif
 };
+
+// p[0:n] for 0 <= n <= kStep, and `fill` behind it: a batch that may be read whole.
+template <class F>
+struct Padded {
+  typename F::T values[kStep];
+  XENTILE_INLINE Padded(const typename F::T* p, int64_t n, typename F::T fill) {
+    for (typename F::T& value : values) value = fill;
+    __builtin_memcpy(values, p, n * sizeof(*p));
+  }
+};
+
+template <class F>
+XENTILE_INLINE float load_one(const typename F::T* p) {
+  return F::load(Padded<F>(p, 1, *p).values).v[0][0];
+}
+
+// The maximum of x[0:n], n > 0, if there is no NaN. With one, anything: the sum of the exponentials says so. (To ignore NaN
+// would take another instruction: a vector maximum returns, beside a NaN, the operand that it can load.)
+inline float Float32::max(const T* x, int64_t n) {
+  constexpr int chains = 4;
+  VecF top[chains];
+  for (VecF& t : top) t = splat(x[0]);
+  int64_t j = 0;
+  for (; j + chains * kLanes <= n; j += chains * kLanes)
+    for (int k = 0; k < chains; k++) top[k] = ::max(top[k], ::load(x + j + k * kLanes));
+  for (; j < n; j += kStep) {
+    const Batch b = load(Padded<Float32>(x + j, n - j < kStep ? n - j : kStep, x[0]).values);
+    top[0] = ::max(top[0], ::max(b.v[0], b.v[1]));
+  }
+  return horizontal_max(::max(::max(top[0], top[1]), ::max(top[2], top[3])));
+}
+
+inline uint16_t Float16Bits::max_bits(const T* x, int64_t n) {
+  VecS largest = VecS{} + (int16_t)x[0];
+  VecW smallest = VecW{} + x[0];
+  const auto add = [&](const T* p) {
+    const VecS v = *reinterpret_cast<const LooseS*>(p);
+    largest = v > largest ? v : largest;
+    smallest = (VecW)v < smallest ? (VecW)v : smallest;
+  };
+  const int64_t whole = n / kStep * kStep;
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < whole; j += kStep) add(x + j);
+  if (whole < n) add(Padded<BFloat16>(x + whole, n - whole, x[0]).values);
+  int16_t top = largest[0];
+  uint16_t low = smallest[0];
+  for (int k = 1; k < kStep; k++) {
+    top = largest[k] > top ? largest[k] : top;
+    low = smallest[k] < low ? smallest[k] : low;
+  }
+  return top >= 0 ? top : low;
+}
+
+inline float BFloat16::max(const T* x, int64_t n) {
+  const T bits = max_bits(x, n);
+  return load_one<BFloat16>(&bits);
+}
+
+inline float Float16::max(const T* x, int64_t n) {
+  const T bits = max_bits(x, n);
+  return load_one<Float16>(&bits);
+}
 
 }  // namespace

@@ -45,6 +45,15 @@ struct RowKernels {
   void (*scale)(void* x, int64_t n, Acc scale);
 };
 
+namespace sketch {
+
+// Sums and extremes of values: the columns of the same names of a sketch.
+struct Totals {
+  int64_t sum_lo, sum_hi, square_lo, square_mid, square_hi, max_key, min_key;
+};
+
+}  // namespace sketch
+
 struct KernelTable {
   const char* name;
   RowKernels<float> float32, bfloat16, float16;

@@ -58,6 +58,12 @@ RowLoss<Acc> row_loss(const LossTask<Acc>& task, const RowSums& sums, Acc weight
   return loss;
 }
 
+// Any NaN becomes the usual one, of which a rounding to bfloat16 makes a NaN again.
+template <class Acc>
+Acc canonical(Acc x) {
+  return std::isnan(x) ? std::numeric_limits<Acc>::quiet_NaN() : x;
+}
+
 // g: the gradient of the loss with respect to the row's loss. From m and S, since exp(z - lse) would inherit the rounding of lse.
 template <class Acc>
 Coefficients<Acc> coefficients(const LossTask<Acc>& task, Acc g, Acc weight, Acc token_loss, Acc max, Acc sum_exp) {
@@ -66,7 +72,7 @@ Coefficients<Acc> coefficients(const LossTask<Acc>& task, Acc g, Acc weight, Acc
   const Acc p = std::exp(-token_loss), one_minus_p = -std::expm1(-token_loss);
   Coefficients<Acc> c;
   c.max = max;
-  c.exp_factor = g * (hard + smooth * task.total_weight + z_slope) / sum_exp;
+  c.exp_factor = canonical(g * (hard + smooth * task.total_weight + z_slope) / sum_exp);
   c.constant = g * smooth;
   c.target = g * (-hard * one_minus_p + smooth * (task.total_weight * p - weight) + z_slope * p);
   return c;

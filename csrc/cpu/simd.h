@@ -10,6 +10,7 @@
 #endif
 
 #define XENTILE_INLINE inline __attribute__((always_inline))
+#define XENTILE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
@@ -34,7 +35,22 @@ XENTILE_INLINE VecF splat(float x) { return VecF{} + x; }
 XENTILE_INLINE VecF load(const float* p) { return *reinterpret_cast<const LooseF*>(p); }
 XENTILE_INLINE void store(float* p, VecF v) { *reinterpret_cast<LooseF*>(p) = v; }
 XENTILE_INLINE VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no; }
-XENTILE_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }  // b if either is NaN
+
+// The larger one, b if either is NaN. Compilers do not make one instruction of the expression.
+XENTILE_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (VecF)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Any NaN becomes the usual one.
+XENTILE_INLINE VecF canonical(VecF v) { return select(v == v, v, splat(__builtin_nanf(""))); }
 
 XENTILE_INLINE VecI lane_index() {
   VecI lane;
@@ -54,8 +70,9 @@ XENTILE_INLINE float horizontal_sum(VecF v) {
   return v[0];
 }
 
-// exp(d) = power * scale * 2**-kExpBias. The bias keeps results that would be subnormal in full precision: what float32
-// can hold of exp(d) is never lost, and anything below, such as exp(-inf), gives scale = 0 exactly. For d <= 70.
+// factor * exp(d) = power * scale * 2**-kExpBias, for d <= 70. The bias keeps results that would be subnormal in full
+// precision: what float32 can hold of exp(d) is never lost, and for anything below, such as exp(-inf), scale is exactly 0.
+// A factor costs nothing: it becomes part of the polynomial.
 constexpr int kExpBias = 24;
 constexpr float kExpUnbias = 1.0f / (1 << kExpBias);
 
@@ -63,7 +80,7 @@ struct ExpParts {
   VecF power, scale;
 };
 
-XENTILE_INLINE ExpParts exp_parts(VecF d) {
+XENTILE_INLINE ExpParts exp_parts(VecF d, float factor = 1) {
   constexpr float kLog2E = 1.44269504f, kLowest = -104.665f;  // rounds to 2**-151: an exponent field of 0
   constexpr float kRound = 12582912.0f + 127 + kExpBias;      // adding it rounds to an integer in the low bits
   d = max(splat(kLowest), d);                                 // NaN stays NaN
@@ -74,11 +91,12 @@ XENTILE_INLINE ExpParts exp_parts(VecF d) {
 #else
   const VecF r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
 #endif
-  VecF p = r * 0x1.0fa7d8p-7f + 0x1.573ad0p-5f;  // minimax on |r| <= ln 2 / 2: relative error 9.2e-8, and exp(0) = 1
-  p = p * r + 0x1.555a6ep-3f;
-  p = p * r + 0x1.fffdc4p-2f;
-  p = p * r + 0x1.fffff6p-1f;
-  p = p * r + 1.0f;
+  // Minimax for |r| <= ln 2 / 2 of the form 1 + r + ..: within 1.05e-7, and exp(0) = 1.
+  VecF p = r * (factor * 0x1.106250p-7f) + factor * 0x1.572a64p-5f;
+  p = p * r + factor * 0x1.5557b0p-3f;
+  p = p * r + factor * 0x1.fffdfcp-2f;
+  p = p * r + factor;
+  p = p * r + factor;
   return {p, (VecF)((VecI)shifted << 23)};
 }
 

@@ -3,9 +3,8 @@
 #include <limits>
 #include <vector>
 
-#include "checks.h"
 #include "operators.h"
-#include "sketch_counter.h"
+#include "sketch_state.h"
 
 namespace xentile {
 namespace {
@@ -15,12 +14,14 @@ enum Interpolation { kLinear, kLower, kHigher, kNearest, kMidpoint };
 // One row of a state, ready for order statistics. Buckets in the order of their values: below 2**-24, bins, above 2**8, +inf.
 class Distribution {
  public:
-  explicit Distribution(const int64_t* state) : cumulative_(kBuckets) {
+  Distribution(const sketch::Layout& layout, const int64_t* state) : layout_(layout) {
+    cumulative_.reserve(layout.bins + 3);
     int64_t sum = 0;
-    for (int b = 0; b < kBuckets; b++) {
-      const int column = b == 0 ? sketch::kZero : b <= sketch::kBins ? b - 1 : sketch::kOverflow + (b - 1 - sketch::kBins);
-      cumulative_[b] = sum += state[column];
-    }
+    const auto append = [&](int column) { cumulative_.push_back(sum += state[column]); };
+    append(sketch::kZero);
+    for (int bin = 0; bin < layout.bins; bin++) append(sketch::kSpecial + bin);
+    append(sketch::kOverflow);
+    append(sketch::kInf);
     if (sum == 0) return;
     low_ = sketch::min_of_key(state[sketch::kMinKey]);
     high_ = sketch::max_of_key(state[sketch::kMaxKey]);
@@ -35,23 +36,24 @@ class Distribution {
   Order order(int64_t rank) const {
     const int b = static_cast<int>(std::upper_bound(cumulative_.begin(), cumulative_.end(), rank) - cumulative_.begin());
     const int64_t before = b == 0 ? 0 : cumulative_[b - 1], count = cumulative_[b] - before;
-    const double left = b == 0 ? -kInf : b < kBuckets - 1 ? sketch::edge(b - 1) : kInf;
-    const double right = b < kBuckets - 2 ? sketch::edge(b) : b == kBuckets - 2 ? overflow_edge() : kInf;
+    const int overflow = layout_.bins + 1, infinite = overflow + 1;
+    const double left = b == 0 ? -kInf : b < infinite ? layout_.edge(b - 1) : kInf;
+    const double right = b < overflow ? layout_.edge(b) : b == overflow ? overflow_edge() : kInf;
     double value = left + (right - left) * (static_cast<double>(rank - before) + 0.5) / static_cast<double>(count);
     if (b == 0) value = 0;
-    if (b == kBuckets - 1) value = kInf;
+    if (b == infinite) value = kInf;
     if (rank == 0 || rank == size() - 1) value = rank == 0 ? low_ : high_;
     return {std::clamp(value, low_, high_), std::clamp(left, low_, high_), std::clamp(right, low_, high_)};
   }
 
  private:
-  static constexpr int kBuckets = sketch::kBins + 3;
   static constexpr double kInf = std::numeric_limits<double>::infinity();
   double overflow_edge() const {
     const double top = std::min<double>(high_, std::numeric_limits<float>::max());
-    return std::max<double>(top, sketch::edge(sketch::kBins));
+    return std::max<double>(top, layout_.edge(layout_.bins));
   }
 
+  const sketch::Layout& layout_;
   std::vector<int64_t> cumulative_;
   double low_ = 0, high_ = 0;
 };
@@ -77,36 +79,36 @@ Distribution::Order quantile(const Distribution& distribution, double q, int64_t
   return {value, at_lo.lower, at_hi.upper};
 }
 
-int64_t* write_state(const Tensor& state) {
-  STD_TORCH_CHECK(state.dim() == 2, "xentile: sketch must be a matrix");
-  return write<int64_t>(state, ScalarType::Long, state.size(0) * sketch::kWidth, "sketch");
-}
-
 }  // namespace
 
-void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::optional<Tensor> group_ids, Tensor state) {
-  const int64_t n = values.numel(), groups = state.size(0);
+void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::optional<Tensor> weights,
+                   std::optional<Tensor> group_ids, Tensor sketch, int64_t unit) {
+  const int64_t n = values.numel();
   const float* x = read<float>(values, ScalarType::Float, n, "values");
   const bool* keep = read<bool>(mask, ScalarType::Bool, n, "mask");
+  const float* weight = read<float>(weights, ScalarType::Float, n, "weights");
   const int64_t* group = read<int64_t>(group_ids, ScalarType::Long, n, "group_ids");
-  int64_t* cells = write_state(state);
+  const sketch::State state = write_state(sketch);
   torch::stable::parallel_for(0, n, 16384, [&](int64_t begin, int64_t end) {
-    sketch::Counter counter(cells, groups);
-    for (int64_t i = begin; i < end; i++)
-      if (!keep || keep[i]) counter.add_value(x[i], group ? group[i] : 0);
+    sketch::Counter counter(state);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t amount = keep && !keep[i] ? 0 : weight ? sketch::amount_of(weight[i], unit) : unit;
+      if (amount > 0) counter.add_value(x[i], group ? group[i] : 0, amount, static_cast<double>(amount) / unit);
+    }
   });
 }
 
 void sketch_quantile(const Tensor& state, const Tensor& q, Tensor value, Tensor lower, Tensor upper, int64_t interpolation) {
   const int64_t groups = state.size(0), count = q.numel();
-  const int64_t* cells = read<int64_t>(state, ScalarType::Long, groups * sketch::kWidth, "sketch");
+  const sketch::Layout layout = layout_of(state);
+  const int64_t* cells = read<int64_t>(state, ScalarType::Long, groups * layout.width(), "sketch");
   const double* at = read<double>(q, ScalarType::Double, count, "q");
   float* values = write<float>(value, ScalarType::Float, groups * count, "value");
   float* lowers = write<float>(lower, ScalarType::Float, groups * count, "lower");
   float* uppers = write<float>(upper, ScalarType::Float, groups * count, "upper");
   torch::stable::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; g++) {
-      const Distribution distribution(cells + g * sketch::kWidth);
+      const Distribution distribution(layout, cells + g * layout.width());
       for (int64_t k = 0; k < count; k++) {
         const Distribution::Order order = quantile(distribution, at[k], interpolation);
         values[g * count + k] = static_cast<float>(order.value);

@@ -4,31 +4,64 @@
 
 namespace xentile::sketch {
 
-// Adds tokens to the state (G, kWidth). Bins are incremented at once, atomically; sums and extremes are collected, and
-// reach the state when the counter is destroyed or a slot is needed for another group. One counter a thread.
+// A state (groups, layout.width()) int64.
+struct State {
+  int64_t* cells;
+  int64_t groups;
+  Layout layout;
+
+  void add(int64_t group, int64_t column, int64_t amount) const {
+    __atomic_fetch_add(cells + group * layout.width() + column, amount, __ATOMIC_RELAXED);
+  }
+
+  void raise(int64_t group, int64_t column, int64_t key) const {
+    int64_t* cell = cells + group * layout.width() + column;
+    int64_t old = __atomic_load_n(cell, __ATOMIC_RELAXED);
+    while (key > old && !__atomic_compare_exchange_n(cell, &old, key, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+
+  void add(int64_t group, const Totals& totals) const {
+    add(group, kSumLo, totals.sum_lo);
+    add(group, kSumHi, totals.sum_hi);
+    add(group, kSquareLo, totals.square_lo);
+    add(group, kSquareMid, totals.square_mid);
+    add(group, kSquareHi, totals.square_hi);
+    raise(group, kMaxKey, totals.max_key);
+    raise(group, kMinKey, totals.min_key);
+  }
+};
+
+// One thread's view of a state. Bins are incremented at once; sums and extremes are collected, and reach the state when the
+// counter is destroyed or their slot is needed for another group.
 class Counter {
  public:
-  Counter(int64_t* state, int64_t groups) : state_(state), groups_(groups) {}
+  explicit Counter(const State& state) : state_(state) {}
   Counter(const Counter&) = delete;
   ~Counter() {
-    for (Slot& slot : slots_) flush(slot);
+    for (const Slot& slot : slots_)
+      if (slot.group >= 0) state_.add(slot.group, slot.totals);
   }
 
-  void add_value(float value, int64_t group) {
-    if (!known(group)) return;
-    const int column = column_of(value);
-    increment(group, column);
-    if (column == kNaN) return;
+  void add_value(float value, int64_t group) { add_value(value, group, 1, 1); }
+
+  // amount: what the bin gains; weight: of the value in the sums
+  void add_value(float value, int64_t group, int64_t amount, double weight) {
+    const int column = state_.layout.column_of(value);
+    if (!add_token(column, group, amount) || column == kNaN) return;
     Slot& slot = slots_[group % kSlots];
     if (slot.group != group) {
-      flush(slot);
+      if (slot.group >= 0) state_.add(slot.group, slot.totals);
       slot = {group, {}};
     }
-    slot.totals.add(value);
+    add(slot.totals, value, weight);
   }
 
-  void add_token(Column column, int64_t group) {
-    if (known(group)) increment(group, column);
+  // Counts in a column; whether the group exists. If not, one more in kBadGroup instead.
+  bool add_token(int column, int64_t group, int64_t amount) {
+    const bool known = group >= 0 && group < state_.groups;
+    state_.add(known ? group : 0, known ? column : kBadGroup, known ? amount : 1);
+    return known;
   }
 
  private:
@@ -38,39 +71,7 @@ class Counter {
     Totals totals = {};
   };
 
-  bool known(int64_t group) {
-    if (group >= 0 && group < groups_) return true;
-    increment(0, kBadGroup);
-    return false;
-  }
-
-  void increment(int64_t group, int column) { add(group, column, 1); }
-
-  void add(int64_t group, int column, int64_t amount) {
-    __atomic_fetch_add(state_ + group * kWidth + column, amount, __ATOMIC_RELAXED);
-  }
-
-  void raise(int64_t group, int column, int64_t key) {
-    int64_t* cell = state_ + group * kWidth + column;
-    int64_t old = __atomic_load_n(cell, __ATOMIC_RELAXED);
-    while (key > old && !__atomic_compare_exchange_n(cell, &old, key, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-  }
-
-  void flush(const Slot& slot) {
-    if (slot.group < 0) return;
-    const Totals& t = slot.totals;
-    add(slot.group, kSumLo, t.sum_lo);
-    add(slot.group, kSumHi, t.sum_hi);
-    add(slot.group, kSquareLo, t.square_lo);
-    add(slot.group, kSquareMid, t.square_mid);
-    add(slot.group, kSquareHi, t.square_hi);
-    raise(slot.group, kMaxKey, t.max_key);
-    raise(slot.group, kMinKey, t.min_key);
-  }
-
-  int64_t* state_;
-  int64_t groups_;
+  State state_;
   Slot slots_[kSlots];
 };
 

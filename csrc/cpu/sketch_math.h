@@ -5,18 +5,19 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace xentile::sketch {
 
-constexpr int kMantissaBits = 7, kMinExponent = -24, kMaxExponent = 8;
-constexpr int kBins = (kMaxExponent - kMinExponent) << kMantissaBits, kShift = 23 - kMantissaBits;
-constexpr int kFirstKey = (127 + kMinExponent) << kMantissaBits;
+constexpr int kMinExponent = -24, kMaxExponent = 8;
+constexpr double kLimit = 0x1p24;  // values are clamped to +-kLimit in the sums
 
 enum Column {
-  kZero = kBins, kOverflow, kInf, kNaN,                           // values outside the bins
-  kIgnored, kOutOfRange, kBadGroup,                               // tokens without a value
-  kSumLo, kSumHi, kSquareLo, kSquareMid, kSquareHi,               // limbs
-  kMaxKey, kMinKey,                                               // merge by maximum, all others by addition
-  kWidth = kBins + 16
+  kZero, kOverflow, kInf, kNaN,                      // values outside the bins
+  kIgnored, kOutOfRange, kBadGroup,                  // tokens without a value
+  kSumLo, kSumHi, kSquareLo, kSquareMid, kSquareHi,  // limbs
+  kMaxKey, kMinKey,                                  // merge by maximum, all others by addition
+  kSpecial = 16                                      // the first bin
 };
 
 inline int32_t bits_of(float x) {
@@ -31,17 +32,34 @@ inline float float_of(int32_t bits) {
   return x;
 }
 
-inline float edge(int bin) { return float_of((bin + kFirstKey) << kShift); }
+// The bins for M mantissa bits.
+struct Layout {
+  int bins, shift, first_key;
 
-inline int column_of(float x) {
-  const int bin = (bits_of(x) >> kShift) - kFirstKey;
-  if (bin >= 0 && bin < kBins) return bin;
-  if (std::isnan(x) || x == -INFINITY) return kNaN;
-  if (x == INFINITY) return kInf;
-  return x < 1 ? kZero : kOverflow;
-}
+  int64_t width() const { return kSpecial + bins; }
+  float edge(int bin) const { return float_of((bin + first_key) << shift); }
 
-inline int64_t ordered(float x) {
+  int column_of(float x) const {
+    const int bin = (bits_of(x) >> shift) - first_key;
+    if (bin >= 0 && bin < bins) return kSpecial + bin;
+    if (std::isnan(x) || x == -INFINITY) return kNaN;
+    if (x == INFINITY) return kInf;
+    return x < 1 ? kZero : kOverflow;
+  }
+
+  static Layout of_precision(int mantissa_bits) {
+    return {(kMaxExponent - kMinExponent) << mantissa_bits, 23 - mantissa_bits, (127 + kMinExponent) << mantissa_bits};
+  }
+
+  // The layout of a state with so many columns; one without bins if there is none.
+  static Layout of_width(int64_t width) {
+    for (int mantissa_bits = 1; mantissa_bits <= 10; mantissa_bits++)
+      if (of_precision(mantissa_bits).width() == width) return of_precision(mantissa_bits);
+    return {0, 0, 0};
+  }
+};
+
+inline int64_t ordered(float x) {  // a signed integer that is ordered as the values are
   const int32_t bits = bits_of(x);
   return bits >= 0 ? bits : bits ^ 0x7fffffff;
 }
@@ -49,39 +67,40 @@ inline int64_t ordered(float x) {
 inline int64_t max_key(float x) { return ordered(x) + (int64_t{1} << 31) + 1; }
 inline int64_t min_key(float x) { return (int64_t{1} << 31) - ordered(x); }
 
-inline float value_of_key(int64_t ordered) {
+inline float value_of(int64_t ordered) {
   const int32_t key = static_cast<int32_t>(ordered);
   return float_of(key >= 0 ? key : key ^ 0x7fffffff);
 }
-inline float max_of_key(int64_t key) { return value_of_key(key - (int64_t{1} << 31) - 1); }
-inline float min_of_key(int64_t key) { return value_of_key((int64_t{1} << 31) - key); }
+inline float max_of_key(int64_t key) { return value_of(key - (int64_t{1} << 31) - 1); }
+inline float min_of_key(int64_t key) { return value_of((int64_t{1} << 31) - key); }
 
-// The exact sums and extremes of some values. All arithmetic in `add` is exact but the last rounding of each sum.
-struct Totals {
-  int64_t sum_lo, sum_hi, square_lo, square_mid, square_hi, max_key, min_key;
+inline double floor_of(double x) {  // without a call of the C library, for |x| < 2**63
+  const double truncated = static_cast<double>(static_cast<int64_t>(x));
+  return truncated - (truncated > x);
+}
 
-  void add(float value) {
-    const int64_t high = sketch::max_key(value), low = sketch::min_key(value);
-    max_key = high > max_key ? high : max_key;
-    min_key = low > min_key ? low : min_key;
-    if (value == INFINITY) return;
-    constexpr double limit = 0x1p24;
-    const double x = value > limit ? limit : value < -limit ? -limit : value;
-    const double scaled = x * 0x1p20, hi = floor_of(scaled);
-    sum_hi += static_cast<int64_t>(hi);
-    sum_lo += std::llrint((scaled - hi) * 0x1p28);
-    const double square = x * x, top = floor_of(square * 0x1p-8);
-    const double rest = (square - top * 0x1p8) * 0x1p20, mid = floor_of(rest);
-    square_hi += static_cast<int64_t>(top);
-    square_mid += static_cast<int64_t>(mid);
-    square_lo += std::llrint((rest - mid) * 0x1p28);
-  }
+// Adds a value, neither NaN nor -inf, with its weight (1 if there are none). For weight 1 all arithmetic is exact but the last
+// rounding of each sum.
+inline void add(Totals& totals, float value, double weight) {
+  const int64_t high = max_key(value), low = min_key(value);
+  totals.max_key = high > totals.max_key ? high : totals.max_key;
+  totals.min_key = low > totals.min_key ? low : totals.min_key;
+  if (value == INFINITY) return;
+  const double x = value > kLimit ? kLimit : value < -kLimit ? -kLimit : value;
+  const double sum = x * weight * 0x1p20, hi = floor_of(sum);
+  totals.sum_hi += static_cast<int64_t>(hi);
+  totals.sum_lo += std::llrint((sum - hi) * 0x1p28);
+  const double square = std::fmin(x * x * weight, kLimit * kLimit), top = floor_of(square * 0x1p-8);
+  const double rest = (square - top * 0x1p8) * 0x1p20, mid = floor_of(rest);
+  totals.square_hi += static_cast<int64_t>(top);
+  totals.square_mid += static_cast<int64_t>(mid);
+  totals.square_lo += std::llrint((rest - mid) * 0x1p28);
+}
 
- private:
-  static double floor_of(double x) {  // without a call of the C library, for |x| < 2**63
-    const double truncated = static_cast<double>(static_cast<int64_t>(x));
-    return truncated - (truncated > x);
-  }
-};
+// What a value of this weight adds to its bin, in multiples of 1 / unit.
+inline int64_t amount_of(float weight, int64_t unit) {
+  const double scaled = static_cast<double>(weight) * static_cast<double>(unit);
+  return scaled > 0 ? static_cast<int64_t>(std::nearbyint(std::fmin(scaled, 0x1p40))) : 0;  // NaN: 0
+}
 
 }  // namespace xentile::sketch

@@ -1,0 +1,133 @@
+// Sums over a block of logits, in any storage format: each is one vectorised loop over memory that the cache holds.
+#pragma once
+#include "formats.h"
+#include "kernels.h"
+
+namespace {
+
+XENTILE_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Calls body(batch, index of its first element) for all of p[0:n], with `fill` behind the end.
+template <class F, class Body>
+XENTILE_INLINE void for_batches(const typename F::T* p, int64_t n, typename F::T fill, Body body) {
+  const int64_t whole = n / kStep * kStep;
+  for (int64_t j = 0; j < whole; j += kStep) body(F::load(p + j), j);
+  if (whole < n) body(F::load(Padded<F>(p + whole, n - whole, fill).values), whole);
+}
+
+XENTILE_INLINE double total(const Batch& sums) { return horizontal_sum(sums.v[0] + sums.v[1]); }
+
+// z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap).
+struct Transform {
+  float scale, cap;
+  bool identity() const { return cap == 0 && scale == 1; }
+  XENTILE_INLINE VecF operator()(VecF x) const {
+    const VecF scaled = x * scale;
+    return cap == 0 ? scaled : cap * tanh(scaled / cap);
+  }
+  XENTILE_INLINE float operator()(float x) const { return (*this)(splat(x))[0]; }
+  XENTILE_INLINE VecF slope(VecF z) const {  // dz/dx
+    if (cap == 0) return splat(scale);
+    const VecF u = z / cap;
+    return scale * ((1.0f - u) * (1.0f + u));
+  }
+};
+
+// z[0:n] = transform(x[0:n]). In whole batches the elements stay in the order of F's lanes, behind those in their own.
+template <class F>
+void transform_block(Transform transform, const typename F::T* x, int64_t n, float* z) {
+  for_batches<F>(x, n, 0, [&](const Batch& x_batch, int64_t j) XENTILE_LAMBDA {
+    const Batch z_batch = {{transform(x_batch.v[0]), transform(x_batch.v[1])}};
+    if (j + kStep <= n) return Float32::store<false>(z + j, z_batch);
+    float some[kStep];
+    Float32::store<false>(some, z_batch);
+    for (int64_t k = 0; j + k < n; k++) z[j + k] = some[F::lane_of(k)];
+  });
+}
+
+// sum of exp(z - m). Meanwhile the n logits at `next` come closer: otherwise the memory would idle.
+template <class F, class Next>
+double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next) {
+  VecF sum = {};                   // one accumulator: its latency is below the time of an exponential, and registers are few
+  const VecF minus_m = splat(-m);  // an addition can take z from memory, a subtraction can't
+  for_batches<F>(z, n, F::kLowest, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
+    __builtin_prefetch(next + j);
+    for (int k = 0; k < kBatch; k++) {
+      const ExpParts e = exp_parts(z_batch.v[k] + minus_m);
+      sum += e.power * e.scale;
+    }
+  });
+  return (double)horizontal_sum(sum) * kExpUnbias;
+}
+
+// sum of exp(z - m), and *spread += sum of exp(z - m) (m - z), where 0 * inf counts 0
+template <class F>
+double exp_sum_and_spread(const typename F::T* z, int64_t n, float m, double* spread) {
+  Batch sums = {}, spreads = {};
+  for_batches<F>(z, n, F::kLowest, [&](const Batch& z_batch, int64_t) XENTILE_LAMBDA {
+    for (int k = 0; k < kBatch; k++) {
+      const VecF below = m - z_batch.v[k];
+      const ExpParts parts = exp_parts(-below);
+      const VecF e = parts.power * parts.scale;
+      sums.v[k] += e;
+      spreads.v[k] += select(e > 0.0f, e * below, VecF{});
+    }
+  });
+  *spread += total(spreads) * kExpUnbias;
+  return total(sums) * kExpUnbias;
+}
+
+// sum of weight (m - z), and *seen += sum of weight; weight null: all ones. Order: whose lanes the elements of z are in
+template <class F, class Order>
+double weighted_gap(const typename F::T* z, const float* weight, int64_t n, float m, double* seen) {
+  Batch gaps = {}, weights = {};
+  for_batches<F>(z, n, 0, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
+    Batch w = {{splat(1), splat(1)}};
+    if (j + kStep <= n) {
+      if (weight) w = Order::load_floats(weight + j);
+    } else {  // behind the end z is 0, finite, and its weight 0
+      float some[kStep] = {};
+      for (int64_t k = 0; j + k < n; k++) some[k] = weight ? weight[j + k] : 1;
+      w = F::load_floats(some);
+    }
+    for (int k = 0; k < kBatch; k++) {
+      gaps.v[k] += w.v[k] * (m - z_batch.v[k]);
+      weights.v[k] += w.v[k];
+    }
+  });
+  *seen += total(weights);
+  return total(gaps);
+}
+
+// how many of x[0:n] are larger than `limit`, or equal to it if `ties`
+template <class F>
+int64_t count_above(const typename F::T* x, int64_t n, float limit, bool ties) {
+  VecI count = {};
+  for_batches<F>(x, n, F::kNaN, [&](const Batch& x_batch, int64_t) XENTILE_LAMBDA {
+    for (const VecF& v : x_batch.v) count -= ties ? (VecI)(v >= limit) : (VecI)(v > limit);
+  });
+  int64_t sum = 0;
+  for (int k = 0; k < kLanes; k++) sum += count[k];
+  return sum;
+}
+
+// index of the first of x[0:n] that equals `value`; 0 if there is none
+template <class F>
+int64_t find(const typename F::T* x, int64_t n, float value) {
+  constexpr int64_t chunk = 2 * kStep;
+  for (int64_t j = 0; j < n; j += chunk) {
+    VecI equal = {};
+    const int64_t size = min(chunk, n - j);
+    for_batches<F>(x + j, size, F::kNaN, [&](const Batch& x_batch, int64_t) XENTILE_LAMBDA {
+      for (const VecF& v : x_batch.v) equal |= (VecI)(v == value);
+    });
+    uint64_t words[sizeof(VecI) / 8], any = 0;
+    __builtin_memcpy(words, &equal, sizeof words);
+    for (uint64_t word : words) any |= word;
+    for (int64_t k = j; any && k < j + size; k++)
+      if (load_one<F>(x + k) == value) return k;
+  }
+  return 0;
+}
+
+}  // namespace
