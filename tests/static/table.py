@@ -1,0 +1,45 @@
+"""The costs as a table to read, with a prediction of the speed on devices that were not measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .cases import CASES
+from .measure import predicted_fraction
+from .targets import TARGETS
+
+if TYPE_CHECKING:
+    from .baseline import Costs
+    from .measure import Cost
+
+HEADER = (
+    f"{'launch':34}{'target':8}{'kernel':17}{'loop':9}{'instr/el':>9}{'special/el':>11}"
+    f"{'load':>6}{'store':>6}{'regs':>6}{'spills':>7}  {'PREDICTED':10}"
+)
+FOOTER = """\
+instr/el, special/el: instructions and exponentials of the hot loop, per element. load, store: bytes of the narrowest
+access. PREDICTED: fraction of the memory bandwidth of one device, from these counts and data-sheet figures; nothing
+here was measured on a GPU."""
+
+
+def table(measured: Costs) -> str:
+    lines = [HEADER, "-" * len(HEADER)]
+    for case in CASES:
+        for target, by_case in measured.items():
+            start = f"{case.name:34}{target:8}"
+            for kernel, cost in by_case[case.name].items():
+                lines += [start + line for line in _lines(kernel, cost, target, case.dtype.itemsize)]
+    return "\n".join([*lines, FOOTER])
+
+
+def _lines(kernel: str, cost: Cost, target: str, itemsize: int) -> list[str]:
+    registers = f"{cost.registers:6}{cost.spills:7}"
+    lines = []
+    for phase, loop, passes in (("reading", cost.reading, 1), ("writing", cost.writing, 2)):
+        if loop:
+            fraction = predicted_fraction(loop, passes * itemsize, TARGETS[target])
+            lines.append(
+                f"{kernel:17}{phase:9}{loop.instructions:9.2f}{loop.special:11.3f}{loop.load_width:6}{loop.store_width:6}"
+                f"{registers}  {fraction:.0%} of {TARGETS[target].device}"
+            )
+    return lines or [f"{kernel:58}{registers}"]
