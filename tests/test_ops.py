@@ -47,6 +47,7 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
     extra = (vector(), vector(torch.int64), sketch.clone()) if full else (None, None, None)
     inputs = (*optional, torch.tensor(3.0, dtype=acc) if full and reduction == 1 else None, ids if full else None)
     values = torch.rand(rows)
+    digit = (torch.zeros(1, dtype=torch.int64), 8 * dtype.itemsize - 11, 11, torch.zeros(1, 2048, dtype=torch.int64))
     return {
         "cross_entropy": (logits, target, *inputs, *outputs, *extra, dlogits, *scalars, False),
         "cross_entropy_backward": (
@@ -58,6 +59,7 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
             *((values, values > 0.5, values, ids) if full else (values, None, None, None)),
             *(sketch.clone(), 2**20 if full else 1),
         ),
+        "radix_counts": (logits[:, 0].contiguous(), *((values > 0.5, ids) if full else (None, None)), *digit),
         "sketch_quantile": (sketch.clone(), torch.rand(3).double(), *(torch.zeros(2, 3) for _ in range(3)), 0),
     }
 

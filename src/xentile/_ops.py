@@ -50,6 +50,12 @@ SCHEMAS = {
     "sketch_quantile": (
         "(Tensor sketch, Tensor q, Tensor(a!) value, Tensor(b!) lower, Tensor(c!) upper, int interpolation) -> ()"
     ),
+    # One digit of a radix selection. Of the values of x (N,) where mask (N,) bool holds, those whose key, without its
+    # last shift + bits bits, is prefixes[t] add 1, or their weight (N,) int64, to counts[t] (T, 2**bits) int64, in the
+    # column that the next `bits` bits say. T = 1 where that leaves no prefix. Keys: reference/quantile.py.
+    "radix_counts": (
+        "(Tensor x, Tensor? mask, Tensor? weights, Tensor prefixes, int shift, int bits, Tensor(a!) counts) -> ()"
+    ),
     # Index of the first target that is neither ignored nor in [0, V); -1 if there is none. Synchronises on a GPU.
     "first_bad_target": "(Tensor target, int num_classes, int ignore_index) -> int",
     "first_bad_group": "(Tensor group_ids, int num_groups) -> int",
@@ -85,6 +91,11 @@ def _(values, mask, weights, group_ids, sketch, unit):  # type: ignore[no-untype
 @torch.library.register_fake("xentile::sketch_quantile")
 def _(sketch, q, value, lower, upper, interpolation):  # type: ignore[no-untyped-def]
     torch._check(value.shape == (sketch.shape[0], q.shape[0]))
+
+
+@torch.library.register_fake("xentile::radix_counts")
+def _(x, mask, weights, prefixes, shift, bits, counts):  # type: ignore[no-untyped-def]
+    torch._check(x.dim() == 1 and counts.shape == (prefixes.shape[0], 1 << bits))
 
 
 @torch.library.register_fake("xentile::first_bad_target")
@@ -125,6 +136,7 @@ TRITON = {
     "scale_": "cross_entropy",
     "sketch_update": "sketch",
     "sketch_quantile": "sketch",
+    "radix_counts": "quantile",
 }
 """Operators with Triton kernels, and their modules in xentile/_triton."""
 

@@ -12,6 +12,7 @@ from xentile.reference.cross_entropy import (
     soft_cross_entropy,
     transform,
 )
+from xentile.reference.quantile import radix_counts
 from xentile.reference.sketch import bin_edges, column_of, sketch_quantile, sketch_update
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "column_of",
     "cross_entropy",
     "cross_entropy_gradient",
+    "radix_counts",
     "sketch_quantile",
     "sketch_update",
     "soft_cross_entropy",

@@ -126,6 +126,12 @@ def sketch_quantile(sketch: Tensor, q: Tensor, value: Tensor, lower: Tensor, upp
         out.copy_(result)
 
 
+def radix_counts(
+    x: Tensor, mask: Tensor | None, weights: Tensor | None, prefixes: Tensor, shift: int, bits: int, counts: Tensor
+) -> None:
+    reference.radix_counts(x, mask, weights, prefixes, shift, bits, counts)
+
+
 def first_bad_target(target: Tensor, num_classes: int, ignore_index: int) -> int:
     return _first((target != ignore_index) & ((target < 0) | (target >= num_classes)))
 
