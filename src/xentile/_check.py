@@ -239,21 +239,30 @@ def inplace(wanted: bool, logits: Tensor) -> None:
 
 def quantiles(q: Any, device: torch.device) -> Tensor:
     """Turn q into a float64 tensor on the device without waiting for it. A tensor is not read, only numbers are."""
-    if isinstance(q, Tensor):
-        if not q.is_floating_point():
-            raise TypeError(f"q must be a floating point tensor, got {_name(q.dtype)}")
-        return q.to(device=device, dtype=torch.float64)
-    scalar = isinstance(q, (int, float))
-    if not scalar and (isinstance(q, str) or not hasattr(q, "__iter__")):
-        raise TypeError(f"q must be a number, a sequence of numbers or a tensor, got {type(q).__name__}")
-    values = [number(value, "q") for value in ([q] if scalar else q)]
-    for value in values:
-        if not 0 <= value <= 1:
-            raise ValueError(f"q must be in [0, 1], got {value}")
+    if not isinstance(q, Tensor):
+        for value in _as_numbers(q, "q"):
+            if not 0 <= value <= 1:
+                raise ValueError(f"q must be in [0, 1], got {value}")
+    return numbers(q, "q", device)
+
+
+def numbers(x: Any, name: str, device: torch.device) -> Tensor:
+    """A number, a sequence of numbers or a floating point tensor as a float64 tensor on the device."""
+    if isinstance(x, Tensor):
+        floating(x, name, TypeError)
+        return x.to(device=device, dtype=torch.float64)
     # filled on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph
-    parts = [torch.full((1,), value, dtype=torch.float64, device=device) for value in values]
+    parts = [torch.full((1,), value, dtype=torch.float64, device=device) for value in _as_numbers(x, name)]
     result = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=device)
-    return result.reshape(()) if scalar else result
+    return result.reshape(()) if isinstance(x, (int, float)) else result
+
+
+def _as_numbers(x: Any, name: str) -> list[float]:
+    if isinstance(x, (int, float)):
+        return [number(x, name)]
+    if isinstance(x, str) or not hasattr(x, "__iter__"):
+        raise TypeError(f"{name} must be a number, a sequence of numbers or a tensor, got {type(x).__name__}")
+    return [number(value, name) for value in x]
 
 
 def _values_hidden() -> bool:

@@ -76,27 +76,30 @@ class Readout:
         return value.reshape(shape), lower.reshape(shape), upper.reshape(shape)
 
     def cdf(self, x: float | Sequence[float] | Tensor) -> Tensor:
-        """The share of the counted values up to x, float64, shapes as `quantile`; the values of a bin spread evenly in
-        it.
+        """The share of the counted values up to x, float64, shapes as `quantile`; the inverse of `quantile`.
 
-        NaN where nothing was counted. Exact at the edges of bins.
+        The values of a bin are taken as spread evenly over it, those below 2**-24 as 0: at the edge of a bin the share
+        of the values below it is exact. NaN where nothing was counted.
         """
-        x = torch.as_tensor(x, device=self.device).double()
+        x = _check.numbers(x, "x", self.device)
         low, high = (e.double()[:, None] for e in extremes(self.state))
         at = x.reshape(1, -1).expand(self.groups, -1).contiguous()
         counts, left, right = self._buckets()
-        index = (torch.searchsorted(right.contiguous(), at, right=True)).clamp(max=counts.shape[1] - 1)
+        index = torch.searchsorted(right.contiguous(), at, right=True).clamp(max=counts.shape[1] - 1)
         before = (counts.cumsum(1) - counts).gather(1, index)
         c, a, b = counts.gather(1, index), left.gather(1, index), right.gather(1, index)
-        inside = torch.where(b > a, (at - a) / (b - a), 1.0).clamp(0, 1)
+        inside = torch.where(b > a, (at - a) / (b - a), (at >= b).double()).clamp(0, 1)
+        inside = torch.where(index == 0, (at >= 0).double(), inside)
         share = (before + c * inside) / counts.sum(1, keepdim=True)
         share = torch.where(at >= high, 1.0, torch.where(at < low, 0.0, share))
         share = torch.where(low.isnan() | at.isnan(), torch.nan, share)
         return share.reshape(x.shape if self.groups == 1 else (self.groups, *x.shape))
 
     def trimmed_mean(self, lo: float, hi: float) -> Tensor:
-        """The mean of the values between the quantiles lo < hi, float64; a bin's values at its middle (within
-        2**-8).
+        """The mean of the values between the quantiles lo < hi, float64.
+
+        Each value is taken as the middle of its bin: within 2**-(M + 1) relative or 2**-25 nats, below 256 nats. Larger
+        values, of which only the maximum is known, are taken as halfway between 256 and that.
         """
         if not 0 <= _check.number(lo, "lo") < _check.number(hi, "hi") <= 1:
             raise ValueError(f"lo and hi must satisfy 0 <= lo < hi <= 1, got {lo} and {hi}")
@@ -112,7 +115,7 @@ class Readout:
         return self.trimmed_mean(q, 1.0)
 
     def tail_share(self, q: float) -> Tensor:
-        """The share of the sum of all values that is in those above the quantile q < 1, float64."""
+        """The share of the sum of all values that is in those above the quantile q < 1, float64; within 2**-M."""
         return self.cvar(q) * (1 - q) / self.trimmed_mean(0.0, 1.0)
 
     def _buckets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +165,10 @@ class Readout:
         return self._per_group(torch.where(self.state[:, layout.INF] > 0, torch.inf, mean))
 
     def std(self) -> Tensor:
-        """The standard deviation of the finite values, float64, divided by n - 1 (by the total weight with weights)."""
+        """The standard deviation of the finite values, float64, divided by n - 1 (by the total weight with weights).
+
+        From the sums of x and x^2: absolute error about 1e-16 * mean**2 / std.
+        """
         total, square = self._sums()
         n = (self._row_count() - self.state[:, layout.INF]).double() / self.unit
         variance = (square / n - (total / n) ** 2).clamp(min=0)

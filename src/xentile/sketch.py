@@ -14,7 +14,10 @@ from xentile._ops import ops
 from xentile.readout import Readout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    import os
+    from collections.abc import Iterable, Sequence
+
+    import torch.distributed as dist
 
 WEIGHT_UNIT = 2**20
 """Weights are integers in units of 2**-20, so that sums of them are exact: each is rounded by at most 2**-21."""
@@ -160,6 +163,31 @@ class LossSketch(Readout):
         bins = self.state[:, layout.SPECIAL :].reshape(self.groups, -1, 2**steps).sum(2)
         state = torch.cat([self.state[:, : layout.SPECIAL], bins], 1)
         return LossSketch.from_state(state, weighted=self.weighted)
+
+    def all_reduce_(self, process_group: dist.ProcessGroup | None = None, *, check: bool = True) -> None:
+        """Merge the sketches of all ranks, in place: see `xentile.distributed.all_reduce_`."""
+        from xentile.distributed import all_reduce_
+
+        all_reduce_(self, process_group, check=check)
+
+    def confidence_interval(self, q: float | Sequence[float] | Tensor, *, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """(lower, upper) for the quantile q of independent tokens: see `xentile.confidence.confidence_interval`."""
+        from xentile.confidence import confidence_interval
+
+        return confidence_interval(self, q, level=level)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checksummed file, whole or not at all: see `xentile.persistence.save`."""
+        from xentile.persistence import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> LossSketch:
+        """Read a file that `save` wrote; ValueError if it is damaged: see `xentile.persistence.load`."""
+        from xentile.persistence import load
+
+        return load(path, device)
 
     def reset(self) -> None:
         """Forget everything, in place."""
