@@ -1,0 +1,1 @@
+"""What fits xentile into other libraries; each module needs the library it is named after, and nothing imports them."""
