@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import xentile as xt
-from xentile import _layout as layout
+from xentile._layout import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,7 +176,11 @@ def test_inplace_is_refused_where_it_would_lose_something(
 
 
 def state(groups: int = 2) -> Tensor:
-    return torch.zeros(groups, layout.WIDTH, dtype=torch.int64)
+    return torch.zeros(groups, DEFAULT.width, dtype=torch.int64)
+
+
+def saved(state: Tensor, weighted: bool = False) -> dict[str, Any]:
+    return {"state": state, "weighted": weighted}
 
 
 ONES = torch.ones(3)
@@ -195,8 +199,16 @@ SKETCH: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         r"state must be contiguous.*\(1, 2\)",
     ),
     "values list": (lambda s: s.update([1.0]), TypeError, "values must be a Tensor, got list"),
-    "values int": (lambda s: s.update(IDS), TypeError, "values must be floating point, got .*int64"),
+    "values int": (lambda s: s.update(IDS), TypeError, "values must be a floating point tensor, got int64"),
     "values elsewhere": (lambda s: s.update(ELSEWHERE), RuntimeError, "values must be on .* cpu, got meta"),
+    "precision": (lambda s: xt.LossSketch(precision=11), ValueError, r"precision must be in 1 \.\.\. 10, got 11"),
+    "weights unweighted": (lambda s: s.update(ONES, weights=ONES), ValueError, "weights need .* weighted=True"),
+    "coarsen to finer": (lambda s: s.coarsened(8), ValueError, r"precision must be in 1 \.\.\. 7, got 8"),
+    "merge weighted": (
+        lambda s: s.merge(xt.LossSketch(groups=2, weighted=True)),
+        ValueError,
+        "other must have weighted=False, got True",
+    ),
     "mask list": (lambda s: s.update(ONES, [True]), TypeError, "mask must be a Tensor, got list"),
     "mask dtype": (lambda s: s.update(ONES, IDS), TypeError, "mask must be bool, got .*int64"),
     "mask shape": (lambda s: s.update(ONES, ONES[:2] > 0), ValueError, r"mask must .* \(3,\), got \(2,\)"),
@@ -214,10 +226,11 @@ SKETCH: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "q of bounds": (lambda s: s.quantile_bounds(2.0), ValueError, r"q must be in \[0, 1\], got 2.0"),
     "interpolation": (lambda s: s.quantile(0.5, interpolation="cubic"), ValueError, "cubic .* interpolation.*'linear'"),
     "load None": (lambda s: s.load_state_dict(None), TypeError, "state_dict must be .*, got NoneType"),
-    "load keys": (lambda s: s.load_state_dict({"x": 1}), ValueError, r"state_dict must .* 'state', got \['x'\]"),
-    "load groups": (lambda s: s.load_state_dict({"state": state(1)}), ValueError, "must hold 2 groups, got 1"),
+    "load keys": (lambda s: s.load_state_dict({"x": 1}), ValueError, r"state_dict must .* 'weighted', got \['x'\]"),
+    "load groups": (lambda s: s.load_state_dict(saved(state(1))), ValueError, "must hold groups=2, got 1"),
+    "load weighted": (lambda s: s.load_state_dict(saved(state(), True)), ValueError, "weighted=False, got True"),
     "load dtype": (
-        lambda s: s.load_state_dict({"state": state().int()}),
+        lambda s: s.load_state_dict(saved(state().int())),
         TypeError,
         "state must be int64, got .*int32",
     ),
