@@ -7,6 +7,7 @@ alignment of pointers, and the machine code (as PTX) are what a GPU would get.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .interpreter import Counts, Kernel, Offset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .interpreter.kernel import Argument
 
@@ -72,13 +74,19 @@ class _Driver:
 parse = functools.lru_cache(maxsize=None)(Kernel)
 
 
-def execute(compiled: Any, grid: tuple[int, ...], arguments: list[Argument]) -> Counts:
-    return parse(compiled.asm["ptx"]).launch(grid, arguments, shared=compiled.metadata.shared)
+def execute(
+    compiled: Any, grid: tuple[int, ...], arguments: list[Argument], block_order: Sequence[int] | None = None
+) -> Counts:
+    kernel = parse(compiled.asm["ptx"])
+    return kernel.launch(grid, arguments, shared=compiled.metadata.shared, block_order=block_order)
 
 
 @contextmanager
-def pretended_gpu(architecture: int) -> Iterator[list[Launch]]:
-    """Within it Triton kernels run on CPU tensors as PTX for sm_<architecture>; yields the launches, in order."""
+def pretended_gpu(architecture: int, *, last_block_first: bool = False) -> Iterator[list[Launch]]:
+    """Within it Triton kernels run on CPU tensors as PTX for sm_<architecture>; yields the launches, in order.
+
+    Compilation stops at the PTX. The blocks of a grid run in groups, from the first or from the last.
+    """
     launches: list[Launch] = []
     compile_only = JITFunction.run
 
@@ -89,14 +97,16 @@ def pretended_gpu(architecture: int) -> Iterator[list[Launch]]:
         bound.apply_defaults()
         kinds = compiled.src.signature
         passed = {name: _argument(value) for name, value in bound.arguments.items() if kinds[name] != "constexpr"}
-        counts = execute(compiled, tuple(grid), list(passed.values()))
+        order = range(math.prod(grid))
+        counts = execute(compiled, tuple(grid), list(passed.values()), order[::-1] if last_block_first else order)
         launches.append(Launch(function.__name__, tuple(grid), compiled, passed, counts))
         return compiled
 
     previous = driver._active
     driver.set_active(_Driver(architecture))
     try:
-        with mock.patch.object(JITFunction, "run", run):
+        without_assembler = mock.patch.object(CUDABackend, "make_cubin", return_value=b"")
+        with mock.patch.object(JITFunction, "run", run), without_assembler:
             yield launches
     finally:
         driver._active = previous

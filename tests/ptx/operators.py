@@ -134,7 +134,7 @@ def counted(inputs: Inputs, token_loss: Tensor, predicted: Tensor, groups: int) 
     return sketch
 
 
-# How far a float32 computation may be from float64. Relative: the hardware's exp2 (2^-22), and the roundings of sums. Of
+# How far a float32 computation may be from float64. Relative: the hardware's exp2 (2^-22), and roundings of sums. Of
 # an exponential also the rounding of its exponent, by the distance from the maximum. Of tanh: 2^-21, as CUDA's own.
 RELATIVE = 1e-6
 PER_EXPONENT = 2.0**-23

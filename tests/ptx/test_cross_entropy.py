@@ -36,6 +36,7 @@ MACHINES = [
     for architecture in (80, 90)
     for dtype in (torch.float32, torch.bfloat16)
 ]
+TWO_MACHINES = [MACHINES[0], MACHINES[3]]
 # V: one element; less than 16 bytes; a row kept in registers, whole groups of 16 bytes; streamed, of any alignment
 SIZES = [1, 7, 1000, 50257]
 
@@ -46,12 +47,18 @@ class Result(NamedTuple):
 
 
 def run(
-    architecture: int, inputs: Inputs, options: Options = PLAIN, *, batch: int | None = 8192, **choices: Any
+    architecture: int,
+    inputs: Inputs,
+    options: Options = PLAIN,
+    *,
+    batch: int | None = 8192,
+    last_block_first: bool = False,
+    **choices: Any,
 ) -> Result:
     """Launch as for a batch of so many rows (None: of those that there are, which splits long rows over programs)."""
     choose = launch.forward
     chosen = mock.patch.object(launch, "forward", lambda rows, *others: choose(batch or rows, *others))
-    with chosen, pretended_gpu(architecture) as launches:
+    with chosen, pretended_gpu(architecture, last_block_first=last_block_first) as launches:
         outputs = forward(triton.cross_entropy, inputs, options, **choices)
     return Result(outputs, launches)
 
@@ -166,7 +173,7 @@ def split_inputs(dtype: torch.dtype) -> Inputs:
     return random_inputs(2, 150001, dtype)
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), MACHINES)
+@pytest.mark.parametrize(("architecture", "dtype"), TWO_MACHINES)
 def test_few_rows_split_over_programs(architecture: int, dtype: torch.dtype) -> None:
     inputs = split_inputs(dtype)
     outputs, launches = run(architecture, inputs, batch=None)
@@ -199,7 +206,7 @@ def test_backward_of_a_filled_gradient_touches_nothing_when_the_upstream_gradien
     assert torch.equal(filled, outputs.dlogits * 65536)
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), MACHINES)
+@pytest.mark.parametrize(("architecture", "dtype"), TWO_MACHINES)
 def test_backward_with_a_gradient_per_row(architecture: int, dtype: torch.dtype) -> None:
     options = Options(reduction=NONE)
     inputs = random_inputs(4, 5003, dtype)
@@ -236,21 +243,21 @@ def test_normalizer_and_empty_batches() -> None:
     assert run(90, inputs).outputs.loss.isnan()
 
 
-@pytest.mark.parametrize("architecture", [100, 120])
-def test_blackwell(architecture: int) -> None:
+@pytest.mark.parametrize(("architecture", "dtype"), [(100, torch.bfloat16), (120, torch.float32)])
+def test_blackwell(architecture: int, dtype: torch.dtype) -> None:
     """Packed float32 arithmetic and mixed-precision instructions, new in these architectures."""
-    for dtype in (torch.bfloat16, torch.float32):
-        inputs = random_inputs(3, 5003, dtype)
-        assert_exact(inputs, PLAIN, run(architecture, inputs).outputs)
+    inputs = random_inputs(3, 1000, dtype)
+    assert_exact(inputs, PLAIN, run(architecture, inputs).outputs)
 
 
-def test_sum_is_the_same_bits_in_any_order_of_blocks() -> None:
-    """Each program writes its own row; what is summed over rows is summed in one order. No float atomics."""
-    inputs = random_inputs(9, 1000, torch.bfloat16)
-    outputs, launches = run(90, inputs, Options(reduction=SUM))
+def test_results_are_the_same_bits_in_any_order_of_blocks() -> None:
+    """Each program writes its own row; what is summed over rows is summed in one order, with no float atomics."""
+    inputs = random_inputs(20, 1000, torch.bfloat16)
+    first, launches = run(90, inputs)
     assert sum(done.counts.float_atomics for done in launches) == 0
-    repeated, _ = run(90, inputs, Options(reduction=SUM))
-    assert torch.equal(outputs.loss, repeated.loss)
+    last, _ = run(90, inputs, last_block_first=True)
+    for (name, mine), (_, other) in zip(first.items(), last.items(), strict=True):
+        assert torch.equal(mine, other), name
 
 
 def _case(draw: st.DrawFn) -> tuple[int, Inputs, Options, int]:
