@@ -54,7 +54,8 @@ def cross_entropy(
     n, v = logits.shape
     device = launch.device_of(logits)
     aligned = dlogits is not None and _aligned_alike(logits, dlogits)
-    rows = rows or launch.forward(n, v, logits.element_size(), dlogits is not None, aligned, device)
+    smooth = label_smoothing != 0
+    rows = rows or launch.forward(n, v, logits.element_size(), dlogits is not None, aligned, smooth, device)
     kind = layout.REDUCTIONS[reduction]
     # The forward alone divides at the end. A gradient must know the divisor before the first row.
     prepared = kind == "mean" and dlogits is not None and normalizer is None

@@ -18,7 +18,7 @@ from xentile._triton.span import (
     groups_before,
     load_weight,
     reduce_span,
-    t_group_of,
+    target_tile_of,
     tile,
     write_edges,
     write_target,
@@ -155,9 +155,9 @@ def row_kernel(
         x_start = tl.multiple_of(x_row + head, 16) + tile(BLOCK, VEC)
         x = tl.load(x_start, mask=live, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
         w = load_weight(weight_ptr, head + tile(BLOCK, VEC), live, SMOOTH)
-        columns = head + tl.arange(0, BLOCK // VEC) * VEC
+        target_tile = target_tile_of(t, head, BLOCK, VEC)
         state = fold(
-            empty_state(BLOCK // VEC), x, w, live, columns, t_group_of(t, head, body, VEC), x_t, logit_scale, softcap,
+            empty_state(BLOCK // VEC), x, w, live, 0, target_tile, x_t, logit_scale, softcap,
             TRANSFORM, SMOOTH, ENTROPY, RANK,
         )  # fmt: skip
         reduction = finish_span(
@@ -189,6 +189,7 @@ def row_kernel(
                 label_smoothing, z_loss, logit_scale, SMOOTH,
             )  # fmt: skip
             tl.debug_barrier()  # in place: no thread may still be reading the row
+            write_edges(x_row, dx_row, weight_ptr, head, body, V, scales, logit_scale, softcap, VEC, TRANSFORM, SMOOTH)
             if RESIDENT:
                 out = tl.multiple_of(dx_row + head, 16) + tile(BLOCK, VEC)
                 write_tile(out, x, w, live, scales, logit_scale, softcap, "evict_first", TRANSFORM, SMOOTH)
@@ -197,10 +198,7 @@ def row_kernel(
                     x_row, dx_row, weight_ptr, 0, body, head, scales, logit_scale, softcap,
                     BLOCK, VEC, TOGETHER, TRANSFORM, SMOOTH,
                 )  # fmt: skip
-            write_edges(
-                x_row, dx_row, weight_ptr, head, body, V, scales, logit_scale, softcap, VEC, TRANSFORM, SMOOTH
-            )
-            write_target(dx_row, t, at_target, True)
+            write_target(dx_row, tl.load(target_ptr + row), at_target, True)
         else:
             zero_span(dx_row, 0, body, 1, head, body, V, BLOCK, VEC)
 

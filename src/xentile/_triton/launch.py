@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import triton
 
-ELEMENTS_PER_THREAD = 32
-"""Of a tile: four 16-byte loads in flight a thread for 16-bit logits, eight for float32, in about 64 registers."""
+IN_FLIGHT = 64
+"""Bytes of a tile a thread has when rows are streamed: four 16-byte loads in flight, in 48 to 64 registers."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +75,45 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], threads: 
     kernel[grid](**named, num_warps=max(1, threads // device.warp_size), enable_fp_fusion=False)
 
 
-def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, device: Device) -> Rows:
-    """For `cross_entropy`: n rows of v logits of `itemsize` bytes. together: logits and gradient rows have one alignment."""
-    width = max(triton.next_power_of_2(v), 16 // itemsize * device.warp_size)
-    # A row in registers is read once. For the gradient that is worth a program of any size; for the forward alone, whose
-    # streaming loop has no second read, only as long as the tile would be little larger than the row anyway.
-    largest = ELEMENTS_PER_THREAD * (1024 if gradient else 128)
-    if width <= largest and (together or not gradient):
-        return Rows(width, max(device.warp_size, width // ELEMENTS_PER_THREAD), resident=True)
+def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, smooth: bool, device: Device) -> Rows:
+    """For `cross_entropy`: n rows of v logits of `itemsize` bytes.
 
-    # Threads that may run at once: 1024 a processor at 64 registers each. In flight, a thread has 64 bytes.
-    splits = min(triton.cdiv(2 * device.processors, max(n, 1)), triton.cdiv(v, 16384), 128)
+    together: logits and gradient rows have one alignment. smooth: the loss has label smoothing.
+    """
+    width = _width(v, itemsize, device)
+    if width <= 8192 and (together or not gradient):
+        # Short rows stay in registers, so that nothing is read twice. Up to 256 threads a row: with more, the registers of a
+        # processor hold a single row, and its memory accesses pause while that one is summed up. Without a gradient a thread
+        # has room for 128 bytes of logits, over which the fixed work of a row (400 instructions) is spread.
+        share = 32 if gradient else 128 // itemsize
+        return Rows(width, max(device.warp_size, width // share), resident=True)
+
+    share = IN_FLIGHT // itemsize
+    splits = min(triton.cdiv(4 * device.processors, max(n, 1)), triton.cdiv(v, 16384), 128)
     if n < device.processors and splits > 1:
-        return Rows(128 * ELEMENTS_PER_THREAD, 128, splits)
+        return Rows(128 * share, 128, splits)
     threads = 128
     if gradient:
-        # The second read should find the row in the L2 cache: as few rows at once as fit in half of it, the other half being
-        # for the gradient on its way to memory. From 1024 threads on there is one row a processor, and no fewer.
-        rows = device.l2_bytes // 2 // (v * itemsize * device.processors)
-        threads = 1024 // max(1, min(8, triton.next_power_of_2(rows + 1) // 2))
+        # The second read should find the row in the L2 cache, where it shares the room with the gradient on its way out. On
+        # average half of each row is still to be read again; so as many rows at once as make up 3/5 of the cache. A
+        # processor holds 1024 threads of 64 registers, hence 1024 threads a row if there is room for one row only.
+        rows = int(0.6 * device.l2_bytes) // (v * itemsize * device.processors)
+        threads = {0: 1024, 1: 1024, 2: 512, 3: 512}.get(rows, 256)
+        if smooth:
+            share //= 2  # its two more sums a slot don't fit in 64 registers otherwise
     elif n < 4 * device.processors:
         threads = 512  # few rows: each must bring the threads that fill its processor
-    return Rows(threads * ELEMENTS_PER_THREAD, threads)
+    return Rows(threads * share, threads)
 
 
 def backward(v: int, itemsize: int, device: Device) -> Rows:
     """For the gradient from saved statistics: no sum over the row, so long rows are shared by many small programs."""
-    width = max(triton.next_power_of_2(v), 16 // itemsize * device.warp_size)
-    block = min(width, 128 * ELEMENTS_PER_THREAD)
+    share = IN_FLIGHT // itemsize
+    block = min(_width(v, itemsize, device), 128 * share)
     # Four tiles a program pay for its coefficients; more only lengthen the tail of the launch.
-    return Rows(block, max(device.warp_size, block // ELEMENTS_PER_THREAD), splits=triton.cdiv(v, 4 * block))
+    return Rows(block, max(device.warp_size, block // share), splits=triton.cdiv(v, 4 * block))
+
+
+def _width(v: int, itemsize: int, device: Device) -> int:
+    """The smallest tile that holds a row, at least one 16-byte group a thread of a warp."""
+    return max(triton.next_power_of_2(v), 16 // itemsize * device.warp_size)

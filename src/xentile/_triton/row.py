@@ -24,26 +24,26 @@ def exp(x):
 @triton.jit
 def one_minus_exp(x):
     """1 - exp(-x) for x >= 0; where that cancels, by a polynomial (Chebyshev, relative error 4e-10 up to 1)."""
-    p = x * 1.692812738188617e-05 - 0.00018832475596752826
-    p = p * x + 0.0013822415707908575
-    p = p * x - 0.0083310502613978
-    p = p * x + 0.041666290209609255
-    p = p * x - 0.16666664326437414
-    p = p * x + 0.4999999997614524
-    return tl.where(x < 1.0, x - x * x * p, 1.0 - exp(-x))
+    p = tl.fma(x, 1.692812738188617e-05, -0.00018832475596752826)
+    p = tl.fma(p, x, 0.0013822415707908575)
+    p = tl.fma(p, x, -0.0083310502613978)
+    p = tl.fma(p, x, 0.041666290209609255)
+    p = tl.fma(p, x, -0.16666664326437414)
+    p = tl.fma(p, x, 0.4999999997614524)
+    return tl.where(x < 1.0, tl.fma(-x * x, p, x), 1.0 - exp(-x))
 
 
 @triton.jit
 def tanh(x):
     """From exp2; where that would cancel, from a polynomial in x^2 (Chebyshev, relative error 2e-9 up to 1/2)."""
     s = x * x
-    p = s * -0.006942934839264657 + 0.021470679127817624
-    p = p * s - 0.05393346841274365
-    p = p * s + 0.133332257703681
-    p = p * s - 0.3333333279653526
+    p = tl.fma(s, -0.006942934839264657, 0.021470679127817624)
+    p = tl.fma(p, s, -0.05393346841274365)
+    p = tl.fma(p, s, 0.133332257703681)
+    p = tl.fma(p, s, -0.3333333279653526)
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.5, x + x * s * p, tl.where(x < 0, -large, large))
+    return tl.where(tl.abs(x) < 0.5, tl.fma(x * s, p, x), tl.where(x < 0, -large, large))
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def transform(x, logit_scale, softcap, TRANSFORM: tl.constexpr):
 @triton.jit
 def slope(z, logit_scale, softcap, TRANSFORM: tl.constexpr):
     """dz/dx over logit_scale, from z."""
-    u = z / softcap if TRANSFORM == "softcap" else z
+    u = z * (1.0 / softcap) if TRANSFORM == "softcap" else z
     return 1.0 - u * u if TRANSFORM == "softcap" else 1.0
 
 

@@ -67,27 +67,27 @@ def empty_state(G: tl.constexpr):
 
 @triton.jit
 def fold(
-    state, x, w, valid, column, t_group, x_t, logit_scale, softcap,
+    state, x, w, valid, k, target_tile, x_t, logit_scale, softcap,
     TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """One tile x [G, VEC], whose groups begin at `column` [G], into the state of its G slots:
+    """The tile x [G, VEC] at k of the body into the state of its G slots:
 
-    m         maximum of x, and `best`, the column where the group that brought it begins
+    m         maximum of x, and `best`, the k of the tile that brought it
     b, rest   the reference, and the sum of e_j = exp2(z_j * log2(e) - b)
     gap       the sum of e_j * (b - z_j * log2(e))      (for the entropy)
     deficit   the sum of w_j * (b - z_j * log2(e)), and `seen`, the sum of w_j      (for label smoothing)
     ahead     how many columns rank before the target
 
-    rest, gap and ahead leave the target's group out. `valid` is a mask [G, 1], or None. The maximum of a group is taken first,
-    so that the running sum is rescaled once for VEC logits.
+    rest, gap and ahead leave the target's group out: where k is target_tile [G]. `valid` is a mask [G, 1], or None. The maximum
+    of a group is taken first, so that the running sum is rescaled once for VEC logits.
     """
     m, best, b, rest, gap, deficit, seen, ahead = state
     group_max = tl.max(x, 1)
-    best = tl.where(group_max > m, column, best)
+    best = tl.where(group_max > m, k, best)
     m = tl.maximum(m, group_max)
     b_new = reference_of(transform(m, logit_scale, softcap, TRANSFORM))
     arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), LOG2E, -b_new[:, None])
-    counts = column != t_group
+    counts = target_tile != k
     if SMOOTH:
         below = -arg * w
         if valid is not None:
@@ -95,7 +95,7 @@ def fold(
         deficit += seen * (b_new - b) + tl.sum(below, 1)
         seen += tl.sum(w, 1)
     if RANK:
-        before = (x > x_t) | ((x == x_t) & (column < t_group)[:, None])
+        before = (x > x_t) | ((x == x_t) & (k < target_tile)[:, None])
         if valid is not None:
             before &= valid
         ahead += tl.where(counts, tl.sum(before.to(tl.int32), 1), 0)
@@ -139,13 +139,14 @@ def finish_span(
     m, best, b, rest, gap, deficit, seen, ahead = state
     edge_columns, edge_valid = edges(head, body, V, with_edges, VEC)
     edge_x = tl.load(row + edge_columns, mask=edge_valid, other=float("-inf")).to(tl.float32)
-    around = t_group_of(t, head, body, VEC) + tl.arange(0, VEC)
+    slots = tl.arange(0, m.shape[0]) * VEC
+    around = tl.where((t >= head) & (t < head + body), head + (t - head) // VEC * VEC, -VEC) + tl.arange(0, VEC)
     around_valid = (around >= head + first) & (around < head + last)
     around_x = tl.load(row + around, mask=around_valid, other=float("-inf")).to(tl.float32)
 
     x_max = tl.maximum(tl.max(m, 0), tl.max(edge_x, 0))
     # the lowest column with the maximum: in the edges, or in the first group that has it, which is read again
-    winner = tl.min(tl.where(m == x_max, best, V), 0) + tl.arange(0, VEC)
+    winner = tl.min(tl.where(m == x_max, head + best + slots, V), 0) + tl.arange(0, VEC)
     winner_x = tl.load(row + winner, mask=(winner >= head) & (winner < head + body), other=float("nan")).to(tl.float32)
     argmax = tl.min(tl.where(winner_x == x_max, winner, V), 0)
     argmax = tl.minimum(argmax, tl.min(tl.where(edge_valid & (edge_x == x_max), edge_columns, V), 0))
@@ -180,9 +181,10 @@ def finish_span(
 
 
 @triton.jit
-def t_group_of(t, head, body, VEC: tl.constexpr):
-    """The column where the target's group begins; far outside if the target (-1: none) is not in the body."""
-    return tl.where((t >= head) & (t < head + body), head + (t - head) // VEC * VEC, -VEC)
+def target_tile_of(t, head, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """[BLOCK // VEC]: where in the body a tile would begin whose slot has the target's group; negative if t is before the body."""
+    group = tl.where(t < head, -VEC, (t - head) // VEC * VEC)
+    return group - tl.arange(0, BLOCK // VEC) * VEC
 
 
 @triton.jit
@@ -198,21 +200,20 @@ def reduce_span(
     state = empty_state(BLOCK // VEC)
     start = tl.multiple_of(row + head, 16)
     offsets = tile(BLOCK, VEC)
-    groups = head + tl.arange(0, BLOCK // VEC) * VEC
-    t_group = t_group_of(t, head, body, VEC)
+    target_tile = target_tile_of(t, head, BLOCK, VEC)
     full = first + (last - first) // BLOCK * BLOCK
     for k in range(first, full, BLOCK):
         x = tl.load(start + k + offsets, eviction_policy=KEEP).to(tl.float32)
         w = load_weight(weight, head + k + offsets, None, SMOOTH)
         state = fold(
-            state, x, w, None, groups + k, t_group, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK
+            state, x, w, None, k, target_tile, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK
         )
     if full < last:
         valid = groups_before(full, last, BLOCK, VEC)
         x = tl.load(start + full + offsets, mask=valid, other=float("-inf"), eviction_policy=KEEP).to(tl.float32)
         w = load_weight(weight, head + full + offsets, valid, SMOOTH)
         state = fold(
-            state, x, w, valid, groups + full, t_group, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK
+            state, x, w, valid, full, target_tile, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK
         )
     return finish_span(
         state, row, weight, first, last, with_edges, head, body, V, t, x_t, logit_scale, softcap,
