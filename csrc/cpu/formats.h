@@ -16,28 +16,7 @@ typedef uint16_t VecH __attribute__((vector_size(2 * kLanes), may_alias));
 typedef int16_t LooseS __attribute__((vector_size(4 * kLanes), may_alias, aligned(2)));
 typedef uint16_t LooseH __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
 
-struct Batch {
-  VecF v[kBatch];
-};
-
-// How vectors reach memory: through the cache, or around it (`p` aligned to the vector; `stream_fence` ends it).
-template <bool kStream>
-XENTILE_INLINE void put(void* p, VecF v) {
-#if defined(__AVX512F__)
-  if (kStream) return _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
-#elif defined(__AVX2__)
-  if (kStream) return _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
-#elif defined(__SSE2__)
-  if (kStream) return _mm_stream_ps(static_cast<float*>(p), (__m128)v);
-#endif
-  store(static_cast<float*>(p), v);
-}
-
-XENTILE_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
+typedef Vectors<kBatch> Batch;
 
 struct Float32 {
   typedef float T;
@@ -45,10 +24,9 @@ struct Float32 {
   static XENTILE_INLINE Batch load(const T* p) { return {{::load(p), ::load(p + kLanes)}}; }
   static XENTILE_INLINE Batch load_floats(const float* p) { return load(p); }
   static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
-  template <bool kStream>
   static XENTILE_INLINE void store(T* p, Batch b) {
-    put<kStream>(p, b.v[0]);
-    put<kStream>(p + kLanes, b.v[1]);
+    ::store(p, b.v[0]);
+    ::store(p + kLanes, b.v[1]);
   }
   static float max(const T* x, int64_t n);
 };
@@ -77,9 +55,8 @@ struct BFloat16 : Float16Bits {
     const VecU bits = (VecU)v;
     return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
-  template <bool kStream>
   static XENTILE_INLINE void store(T* p, Batch b) {
-    put<kStream>(p, (VecF)((round(b.v[0]) >> 16) | (round(b.v[1]) & 0xffff0000u)));
+    ::store(reinterpret_cast<float*>(p), (VecF)((round(b.v[0]) >> 16) | (round(b.v[1]) & 0xffff0000u)));
   }
   static float max(const T* x, int64_t n);
 };
@@ -89,9 +66,8 @@ struct Float16 : Float16Bits {
   static XENTILE_INLINE Batch load(const T* p) { return {{widen(p), widen(p + kLanes)}}; }
   static XENTILE_INLINE Batch load_floats(const float* p) { return Float32::load(p); }
   static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
-  template <bool kStream>
   static XENTILE_INLINE void store(T* p, Batch b) {
-    put<kStream>(p, narrow(b));
+    ::store(reinterpret_cast<float*>(p), narrow(b));
   }
   static float max(const T* x, int64_t n);
 
@@ -144,6 +120,32 @@ struct Float16 : Float16Bits {
   }
 #endif
 };
+
+// Several batches.
+template <class F, int K>
+XENTILE_INLINE Vectors<K> load_all(const typename F::T* p) {
+  Vectors<K> all;
+  for (int k = 0; k < K; k += kBatch) {
+    const Batch b = F::load(p + k * kLanes);
+    for (int i = 0; i < kBatch; i++) all.v[k + i] = b.v[i];
+  }
+  return all;
+}
+
+template <class F, int K>
+XENTILE_INLINE void store_all(typename F::T* p, const Vectors<K>& all) {
+  for (int k = 0; k < K; k += kBatch) F::store(p + k * kLanes, {{all.v[k], all.v[k + 1]}});
+}
+
+template <class F, int K>
+XENTILE_INLINE Vectors<K> load_all_floats(const float* p) {
+  Vectors<K> all;
+  for (int k = 0; k < K; k += kBatch) {
+    const Batch b = F::load_floats(p + k * kLanes);
+    for (int i = 0; i < kBatch; i++) all.v[k + i] = b.v[i];
+  }
+  return all;
+}
 
 // p[0:n] for 0 <= n <= kStep, and `fill` behind it: a batch that may be read whole.
 template <class F>

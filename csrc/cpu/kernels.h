@@ -40,8 +40,7 @@ template <class Acc>
 struct RowKernels {
   // target < 0: no column is excluded.
   void (*reduce)(const RowTask<Acc>&, const void* x, int64_t target, RowSums* sums);
-  // dx may be x itself. stream: dx is too large to be read back from the cache, so write around it.
-  void (*gradient)(const RowTask<Acc>&, const void* x, int64_t target, const Coefficients<Acc>&, void* dx, bool stream);
+  void (*gradient)(const RowTask<Acc>&, const void* x, int64_t target, const Coefficients<Acc>&, void* dx);  // dx may be x
   void (*scale)(void* x, int64_t n, Acc scale);
 };
 

@@ -79,9 +79,9 @@ class Gradient {
   Gradient(const std::optional<Tensor>& dlogits, const Tensor& logits, int64_t item) {
     if (!dlogits) return;
     data_ = write<char>(*dlogits, logits.scalar_type(), logits.numel(), "dlogits");
-    aliases_ = data_ == logits.const_data_ptr();
-    STD_TORCH_CHECK(!aliases_ || logits.is_contiguous(), "xentile: logits must be contiguous to be overwritten");
-    if (!aliases_) prefer_huge_pages(data_, logits.numel() * item);
+    const bool aliases = data_ == logits.const_data_ptr();
+    STD_TORCH_CHECK(!aliases || logits.is_contiguous(), "xentile: logits must be contiguous to be overwritten");
+    if (!aliases) prefer_huge_pages(data_, logits.numel() * item);
   }
   explicit operator bool() const { return data_; }
 
@@ -90,8 +90,7 @@ class Gradient {
     const int64_t target = problem.targets[i];
     g *= problem.token_weight_of(i);
     const Coefficients<Acc> c = coefficients(problem.loss_task, g, problem.weight_of(target), token_loss, max, sum_exp);
-    const bool stream = !aliases_ && problem.rows * problem.row_bytes > kStreamBytes;
-    problem.kernels.gradient(problem.row_task, problem.row(i), target, c, data_ + i * problem.row_bytes, stream);
+    problem.kernels.gradient(problem.row_task, problem.row(i), target, c, data_ + i * problem.row_bytes);
   }
 
   template <class Acc>
@@ -113,9 +112,7 @@ class Gradient {
 #endif
   }
 
-  static constexpr int64_t kStreamBytes = 16 << 20;  // a gradient that the last-level cache would not keep anyway
   char* data_ = nullptr;
-  bool aliases_ = false;
 };
 
 }  // namespace xentile

@@ -2,7 +2,7 @@
 //
 // Phase 1 walks blocks that stay in the first-level cache: a block's maximum first, then its exponentials relative to the
 // largest maximum so far. A later, larger maximum rescales the sums, which happens a few times a row. Within a block sums are
-// float32, in kStep partial sums; across blocks they are double.
+// float32, in partial sums; across blocks they are double.
 #pragma once
 #include "blocks.h"
 
@@ -11,7 +11,7 @@ using xentile::Coefficients;
 using xentile::RowSums;
 using xentile::RowTask;
 
-constexpr int64_t kBlock = 2048;  // elements
+constexpr int64_t kBlock = 16 * kSpan;  // elements: 2048 for AVX2
 
 template <class F>
 class Reduction {
@@ -69,8 +69,7 @@ class Reduction {
     if (weight_seen_ != 0) sums_.gap += weight_seen_ * step;
     if (sums_.rest == 0) return;
     const float down = before - max_;  // rounded, by up to 1e-6 at 30 nats; to first order the factor gets that back
-    const ExpParts e = exp_parts(splat(down));
-    const double factor = (double)(e.power[0] * e.scale[0]) * kExpUnbias * (1 - (step + down));
+    const double factor = exp_one(down) * (1 - (step + down));
     sums_.spread = factor * (sums_.spread + step * sums_.rest);
     sums_.rest *= factor;
   }
@@ -110,69 +109,84 @@ void reduce(const RowTask<float>& task, const void* row, int64_t target, RowSums
   *sums = reduction.finish();
 }
 
-// y[0:n] = map(x[0:n]), with map(batch, index of its first element, how many of its elements count). y may be x.
+// y[0:n] = map(x[0:n]), with map(vectors, index of the first element, how many elements count). y may be x.
 template <class F, class Map>
 XENTILE_INLINE void map_some(const typename F::T* x, typename F::T* y, int64_t j, int64_t count, Map map) {
-  if (count == 0) return;
+  if (count <= 0) return;
   Padded<F> batch(x + j, count, 0);
-  F::template store<false>(batch.values, map(F::load(batch.values), j, count));
+  F::store(batch.values, map(F::load(batch.values), j, count));
   __builtin_memcpy(y + j, batch.values, count * sizeof(*y));
 }
 
-template <class F, bool kStream, class Map>
+template <class F, class Map>
 XENTILE_INLINE void map_row(const typename F::T* x, typename F::T* y, int64_t n, Map map) {
-  const auto misaligned = (int64_t)(reinterpret_cast<uintptr_t>(y) / sizeof(*y) % kStep);
-  int64_t j = kStream && misaligned ? min(n, kStep - misaligned) : 0;
-  map_some<F>(x, y, 0, j, map);
-#pragma GCC unroll 2
-  for (; j + kStep <= n; j += kStep) F::template store<kStream>(y + j, map(F::load(x + j), j, kStep));
-  map_some<F>(x, y, j, n - j, map);
-  if (kStream) stream_fence();
+  constexpr int wide = 2 * kBatch;
+  constexpr int64_t step = wide * kLanes;
+  const int64_t whole = n / step * step;
+  for (int64_t j = 0; j < whole; j += step) store_all<F>(y + j, map(load_all<F, wide>(x + j), j, step));
+  map_some<F>(x, y, whole, min(kStep, n - whole), map);
+  map_some<F>(x, y, whole + kStep, n - whole - kStep, map);
 }
 
-template <class F, class Map>
-void map_row(const typename F::T* x, typename F::T* y, int64_t n, bool streamed, Map map) {
-  return streamed ? map_row<F, true>(x, y, n, map) : map_row<F, false>(x, y, n, map);
+// dx = exp_factor * exp(x - max)
+template <class F>
+void plain_gradient(const typename F::T* x, typename F::T* dx, int64_t n, const Coefficients<float>& c) {
+  const float factor = c.exp_factor * kExpUnbias;
+  const VecF minus_m = splat(-c.max);
+  map_row<F>(x, dx, n, [=](auto b, int64_t, int64_t) XENTILE_LAMBDA {
+    constexpr int count = sizeof b / sizeof(VecF);
+    for (int k = 0; k < count; k++) b.v[k] += minus_m;
+    const auto e = exp_parts(b, factor);
+    for (int k = 0; k < count; k++) b.v[k] = e.power[k] * e.scale[k];
+    return b;
+  });
+}
+
+// dx = (exp_factor * exp(z - max) - constant * weight) * dz/dx, weight null: all ones
+template <class F>
+void general_gradient(const Transform transform, const typename F::T* x, typename F::T* dx, int64_t n,
+                      const Coefficients<float>& c, const float* weight) {
+  const float factor = c.exp_factor * kExpUnbias, m = c.max, constant = c.constant;
+  map_row<F>(x, dx, n, [=](auto b, int64_t j, int64_t valid) XENTILE_LAMBDA {
+    constexpr int count = sizeof b / sizeof(VecF);
+    Vectors<count> d, w;
+    for (int k = 0; k < count; k++) {
+      b.v[k] = transform(b.v[k]);
+      d.v[k] = b.v[k] - m;
+      w.v[k] = splat(1);
+    }
+    if (weight && valid == count * kLanes) {
+      w = load_all_floats<F, count>(weight + j);
+    } else if (weight) {
+      w = load_all_floats<F, count>(Padded<Float32>(weight + j, valid, 0).values);
+    }
+    const auto e = exp_parts(d, factor);
+    for (int k = 0; k < count; k++)
+      b.v[k] = canonical((e.power[k] * e.scale[k] - constant * w.v[k]) * transform.slope(b.v[k]));
+    return b;
+  });
 }
 
 template <class F>
-void gradient(const RowTask<float>& task, const void* row, int64_t target, const Coefficients<float>& c, void* out, bool stream) {
+void gradient(const RowTask<float>& task, const void* row, int64_t target, const Coefficients<float>& c, void* out) {
   const auto* x = static_cast<const typename F::T*>(row);
   auto* dx = static_cast<typename F::T*>(out);
   const Transform transform = {task.logit_scale, task.softcap};
-  const VecF z_t = transform(splat(load_one<F>(x + target)));  // before it is overwritten: dx may be x
-  const float factor = c.exp_factor * kExpUnbias, m = c.max, constant = task.smoothing ? c.constant : 0;
+  const VecF slope = transform.slope(transform(splat(load_one<F>(x + target))));  // before x is overwritten: dx may be x
   if (transform.identity() && !task.smoothing) {
-    const VecF minus_m = splat(-m);
-    map_row<F>(x, dx, task.columns, stream, [=](Batch b, int64_t, int64_t) XENTILE_LAMBDA {
-      for (VecF& v : b.v) {
-        const ExpParts e = exp_parts(v + minus_m, factor);
-        v = e.power * e.scale;
-      }
-      return b;
-    });
+    plain_gradient<F>(x, dx, task.columns, c);
   } else {
-    const float* weight = task.smoothing ? task.weight : nullptr;
-    map_row<F>(x, dx, task.columns, stream, [=](Batch b, int64_t j, int64_t count) XENTILE_LAMBDA {
-      Batch w = {{splat(1), splat(1)}};
-      if (weight) w = F::load_floats(count == kStep ? weight + j : Padded<Float32>(weight + j, count, 0).values);
-      for (int k = 0; k < kBatch; k++) {
-        const VecF z = transform(b.v[k]);
-        const ExpParts e = exp_parts(z - m, factor);
-        b.v[k] = canonical((e.power * e.scale - constant * w.v[k]) * transform.slope(z));
-      }
-      return b;
-    });
+    general_gradient<F>(transform, x, dx, task.columns, c, task.smoothing ? task.weight : nullptr);
   }
-  Padded<F> at_target(x, 0, 0);
-  F::template store<false>(at_target.values, {{canonical(c.target * transform.slope(z_t)), VecF{}}});
-  dx[target] = at_target.values[0];
+  typename F::T at_target[kStep];
+  F::store(at_target, {{canonical(c.target * slope), VecF{}}});
+  dx[target] = at_target[0];
 }
 
 template <class F>
 void scale(void* data, int64_t n, float factor) {
   auto* x = static_cast<typename F::T*>(data);
-  map_row<F>(x, x, n, false, [=](Batch b, int64_t, int64_t) XENTILE_LAMBDA {
+  map_row<F>(x, x, n, [=](auto b, int64_t, int64_t) XENTILE_LAMBDA {
     for (VecF& v : b.v) v = canonical(v * factor);
     return b;
   });

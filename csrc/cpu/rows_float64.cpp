@@ -54,7 +54,7 @@ void reduce(const Task& task, const void* row, int64_t target, RowSums* sums) {
   *sums = s;
 }
 
-void gradient(const Task& task, const void* row, int64_t target, const Coefficients<double>& c, void* out, bool) {
+void gradient(const Task& task, const void* row, int64_t target, const Coefficients<double>& c, void* out) {
   const double* x = static_cast<const double*>(row);
   double* dx = static_cast<double*>(out);
   const double at_target = c.target * jacobian(task, transform(task, x[target]));

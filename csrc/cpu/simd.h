@@ -70,41 +70,60 @@ XENTILE_INLINE float horizontal_sum(VecF v) {
   return v[0];
 }
 
+// Several vectors that go through the same operations. Each step is written for all of them before the next one: the chain of
+// dependent operations of an exponential is longer than what a processor can look ahead.
+template <int K>
+struct Vectors {
+  VecF v[K];
+};
+
 // factor * exp(d) = power * scale * 2**-kExpBias, for d <= 70. The bias keeps results that would be subnormal in full
 // precision: what float32 can hold of exp(d) is never lost, and for anything below, such as exp(-inf), scale is exactly 0.
 // A factor costs nothing: it becomes part of the polynomial.
 constexpr int kExpBias = 24;
 constexpr float kExpUnbias = 1.0f / (1 << kExpBias);
 
+template <int K>
 struct ExpParts {
-  VecF power, scale;
+  VecF power[K], scale[K];
 };
 
-XENTILE_INLINE ExpParts exp_parts(VecF d, float factor = 1) {
+template <int K>
+XENTILE_INLINE ExpParts<K> exp_parts(Vectors<K> d, float factor = 1) {
   constexpr float kLog2E = 1.44269504f, kLowest = -104.665f;  // rounds to 2**-151: an exponent field of 0
   constexpr float kRound = 12582912.0f + 127 + kExpBias;      // adding it rounds to an integer in the low bits
-  d = max(splat(kLowest), d);                                 // NaN stays NaN
-  const VecF shifted = d * kLog2E + kRound;
-  const VecF n = shifted - kRound;
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  const VecF r = d - n * 0.693147182f;  // ln 2 happens to be within 2**-28 of a float
-#else
-  const VecF r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
-#endif
   // Minimax for |r| <= ln 2 / 2 of the form 1 + r + ..: within 1.05e-7, and exp(0) = 1.
-  VecF p = r * (factor * 0x1.106250p-7f) + factor * 0x1.572a64p-5f;
-  p = p * r + factor * 0x1.5557b0p-3f;
-  p = p * r + factor * 0x1.fffdfcp-2f;
-  p = p * r + factor;
-  p = p * r + factor;
-  return {p, (VecF)((VecI)shifted << 23)};
+  const float p5 = factor * 0x1.106250p-7f, p4 = factor * 0x1.572a64p-5f, p3 = factor * 0x1.5557b0p-3f, p2 = factor * 0x1.fffdfcp-2f;
+  VecF shifted[K], n[K], r[K];
+  ExpParts<K> e;
+  for (int k = 0; k < K; k++) d.v[k] = max(splat(kLowest), d.v[k]);  // NaN stays NaN
+  for (int k = 0; k < K; k++) shifted[k] = d.v[k] * kLog2E + kRound;
+  for (int k = 0; k < K; k++) n[k] = shifted[k] - kRound;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  for (int k = 0; k < K; k++) r[k] = d.v[k] - n[k] * 0.693147182f;  // ln 2 happens to be within 2**-28 of a float
+#else
+  for (int k = 0; k < K; k++) r[k] = (d.v[k] - n[k] * 0.693359375f) + n[k] * 2.12194440e-4f;
+#endif
+  for (int k = 0; k < K; k++) e.power[k] = r[k] * p5 + p4;
+  for (int k = 0; k < K; k++) e.power[k] = e.power[k] * r[k] + p3;
+  for (int k = 0; k < K; k++) e.power[k] = e.power[k] * r[k] + p2;
+  for (int k = 0; k < K; k++) e.power[k] = e.power[k] * r[k] + factor;
+  for (int k = 0; k < K; k++) e.power[k] = e.power[k] * r[k] + factor;
+  for (int k = 0; k < K; k++) e.scale[k] = (VecF)((VecI)shifted[k] << 23);
+  return e;
+}
+
+// exp(d) of one number
+XENTILE_INLINE float exp_one(float d) {
+  const ExpParts<1> e = exp_parts(Vectors<1>{{splat(d)}});
+  return e.power[0][0] * e.scale[0][0] * kExpUnbias;
 }
 
 // tanh(u), relative error a few 2**-24 also near 0, where 1 - 2 / (exp(2u) + 1) alone would cancel.
 XENTILE_INLINE VecF tanh(VecF u) {
   const VecF magnitude = (VecF)((VecI)u & 0x7fffffff);
-  const ExpParts e = exp_parts(magnitude * -2.0f);
-  const VecF decay = e.power * e.scale * kExpUnbias;  // exp(-2|u|)
+  const ExpParts<1> e = exp_parts(Vectors<1>{{magnitude * -2.0f}});
+  const VecF decay = e.power[0] * e.scale[0] * kExpUnbias;  // exp(-2|u|)
   const VecF large = 1.0f - 2.0f * decay / (1.0f + decay);  // rounds better than (1 - decay) / (1 + decay)
   const VecF square = u * u;
   VecF p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // odd polynomial for |u| < 0.625 (Cephes)
