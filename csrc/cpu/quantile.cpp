@@ -1,5 +1,5 @@
-// The operator radix_counts: one digit of a radix selection. Its schema is in src/xentile/_ops.py, and the keys are described in
-// src/xentile/reference/quantile.py.
+// The operator radix_counts: one digit of a radix selection. Its schema is in src/xentile/_ops.py, the keys are described
+// in src/xentile/reference/quantile.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -34,7 +34,8 @@ typedef Format<uint64_t, 0x7ff0000000000000> Float64;
 class Prefixes {
  public:
   Prefixes(const int64_t* prefixes, int64_t count, int width)
-      : exact_(width <= kIndexBits), mask_((uint64_t{1} << std::min(width, kIndexBits)) - 1), head_(mask_ + 1), next_(1), value_(1) {
+      : exact_(width <= kIndexBits), mask_((uint64_t{1} << std::min(width, kIndexBits)) - 1),
+        head_(mask_ + 1), next_(1), value_(1) {
     for (int64_t t = 0; t < count; t++) {
       const uint64_t prefix = static_cast<uint64_t>(prefixes[t]);
       int row = find(prefix);
@@ -61,7 +62,7 @@ class Prefixes {
   int row_of(int64_t target) const { return row_of_[target]; }
 
  private:
-  static constexpr int kIndexBits = 16;
+  static constexpr int kIndexBits = 12;  // the index takes half of an L1 cache
   bool exact_;
   uint64_t mask_;
   std::vector<int> head_, next_, row_of_;
@@ -83,9 +84,6 @@ enum Search {
   kChained  // few do
 };
 
-// Equal values, such as the zeros of a loss, would each wait for the increment before; two sets of counters halve that.
-constexpr int kSets = 2;
-
 template <class F, Search search, bool all>
 void count(const Task& task, int64_t begin, int64_t end, int64_t* counters) {
   constexpr int kBlock = 512;  // keys are computed by vector instructions, and stay in the L1 cache
@@ -93,7 +91,6 @@ void count(const Task& task, int64_t begin, int64_t end, int64_t* counters) {
   const auto* x = static_cast<const typename F::Bits*>(task.x);
   const int shift = task.shift, bits = task.bits;
   const uint64_t digits = (uint64_t{1} << bits) - 1;
-  int64_t* const sets[kSets] = {counters, counters + (int64_t{task.prefixes.rows()} << bits)};
   for (int64_t first = begin; first < end; first += kBlock) {
     const int size = static_cast<int>(std::min<int64_t>(kBlock, end - first));
     for (int i = 0; i < size; i++) keys[i] = F::key(x[first + i]);
@@ -110,7 +107,7 @@ void count(const Task& task, int64_t begin, int64_t end, int64_t* counters) {
         if (task.weights) amount = task.weights[first + i];
         if (task.mask && !task.mask[first + i]) amount = 0;
       }
-      sets[i % kSets][(row << bits) + (rest & digits)] += amount;
+      counters[(row << bits) + (rest & digits)] += amount;
     }
   }
 }
@@ -138,28 +135,29 @@ Kernel kernel_for(ScalarType dtype, Search search, bool all) {
 
 }  // namespace
 
-void radix_counts(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weights, const Tensor& prefixes, int64_t shift,
-                  int64_t bits, Tensor counts) {
-  const int64_t n = x.numel(), targets = prefixes.numel(), buckets = int64_t{1} << bits;
+void radix_counts(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weights, const Tensor& prefixes,
+                  int64_t shift, int64_t bits, Tensor counts) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "xentile: x has the wrong device or strides");
   const int width = 8 * static_cast<int>(x.element_size());
   STD_TORCH_CHECK(shift >= 0 && bits > 0 && bits <= 16 && shift + bits <= width, "xentile: no such digit");
+  const int64_t n = x.numel(), targets = prefixes.numel(), buckets = int64_t{1} << bits;
   const bool first = shift + bits == width;
   STD_TORCH_CHECK(!first || targets == 1, "xentile: the first digit has one prefix");
   const int64_t* wanted = read<int64_t>(prefixes, ScalarType::Long, targets, "prefixes");
   int64_t* total = write<int64_t>(counts, ScalarType::Long, targets * buckets, "counts");
   const Prefixes index(wanted, targets, width - static_cast<int>(shift + bits));
-  const Task task = {x.const_data_ptr(), read<bool>(mask, ScalarType::Bool, n, "mask"),
-                     read<int64_t>(weights, ScalarType::Long, n, "weights"), static_cast<int>(shift), static_cast<int>(bits), index};
-  const Kernel kernel = kernel_for(x.scalar_type(), first ? kNone : index.exact() ? kExact : kChained, !mask && !weights);
+  const bool* keep = read<bool>(mask, ScalarType::Bool, n, "mask");
+  const int64_t* amounts = read<int64_t>(weights, ScalarType::Long, n, "weights");
+  const Task task = {x.const_data_ptr(), keep, amounts, static_cast<int>(shift), static_cast<int>(bits), index};
+  const Search search = first ? kNone : index.exact() ? kExact : kChained;
+  const Kernel kernel = kernel_for(x.scalar_type(), search, !keep && !amounts);
   torch::stable::parallel_for(0, n, 32768, [&](int64_t begin, int64_t end) {
-    const int64_t set = index.rows() * buckets;
-    std::vector<int64_t> counters(kSets * set);
+    std::vector<int64_t> counters(index.rows() * buckets);
     kernel(task, begin, end, counters.data());
     for (int64_t t = 0; t < targets; t++) {
       const int64_t* row = counters.data() + index.row_of(t) * buckets;
       for (int64_t b = 0; b < buckets; b++)
-        if (const int64_t sum = row[b] + row[set + b]) __atomic_fetch_add(total + t * buckets + b, sum, __ATOMIC_RELAXED);
+        if (row[b] != 0) __atomic_fetch_add(total + t * buckets + b, row[b], __ATOMIC_RELAXED);
     }
   });
 }
