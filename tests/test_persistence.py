@@ -44,6 +44,11 @@ def signed(content: bytes) -> bytes:
     return content + hashlib.blake2b(content, digest_size=DIGEST).digest()
 
 
+def forged(header: dict[str, object], payload: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return signed(MAGIC + LENGTHS.pack(1, len(text), len(payload)) + text + payload)
+
+
 def assert_refused(path: pathlib.Path, content: bytes, match: str) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=match) as caught:
@@ -152,6 +157,7 @@ def test_the_error_says_what_is_wrong(written: tuple[pathlib.Path, bytes]) -> No
         ({}, bytes(2**24), "its payload is not 1 x 80 integers"),  # many times what it says: not inflated
         ({"precision": 11, "shape": [1, 65552]}, bytes(65552 * 8), r"state must have shape \(G, width\)"),
         ({"precision": 10**5}, None, "."),
+        ({"groups": 10**30, "shape": [10**30, 80]}, None, "."),
         ({"precision": "7"}, None, "."),
     ],
 )
@@ -159,10 +165,15 @@ def test_a_signed_lie_is_refused(
     change: dict[str, object], payload: bytes | None, match: str, tmp_path: pathlib.Path
 ) -> None:
     header = persistence._header(1, 1, False) | change
-    text = json.dumps(header).encode()
     packed = zlib.compress(bytes(80 * 8) if payload is None else payload, 1)
-    content = MAGIC + LENGTHS.pack(1, len(text), len(packed)) + text + packed
-    assert_refused(tmp_path / "sketch", signed(content), f"is damaged: .*{match}")
+    assert_refused(tmp_path / "sketch", forged(header, packed), f"is damaged: .*{match}")
+
+
+def test_a_signed_payload_that_ends_too_early_or_too_late_is_refused(tmp_path: pathlib.Path) -> None:
+    packed = zlib.compress(bytes(80 * 8))
+    for payload in (packed[:-1], packed + b"\0"):
+        content = forged(persistence._header(1, 1, False), payload)
+        assert_refused(tmp_path / "sketch", content, "its payload is not 1 x 80 integers")
 
 
 @pytest.mark.parametrize("header", [b"", b"[]", b"{}", b"null", b"\xff", b'{"precision": 1}'])

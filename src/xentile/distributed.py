@@ -60,12 +60,10 @@ def all_reduce_(sketch: LossSketch, process_group: dist.ProcessGroup | None = No
 
 
 def _packed(sketch: LossSketch, ranks: int, rank: int) -> Tensor:
-    """What adds up: the additive columns, and (ranks, G, 2) extremes, each rank's in a slot of its own."""
+    """The columns, which add up, and (ranks, G, 2) extremes, each rank's in a slot of its own between zeros."""
     size, slot = sketch.state.numel(), 2 * sketch.groups
     packed = torch.zeros(size + ranks * slot, dtype=torch.int64, device=sketch.device)
-    columns = packed[:size].view_as(sketch.state)
-    columns.copy_(sketch.state)
-    columns[:, EXTREMES] = 0
+    packed[:size] = sketch.state.flatten()  # its sums of extremes mean nothing, and are not read
     packed[size + rank * slot : size + (rank + 1) * slot] = sketch.state[:, EXTREMES].flatten()
     return packed
 
