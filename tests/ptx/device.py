@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from .interpreter import Counts, Kernel, Offset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from .interpreter.kernel import Argument
 
@@ -74,18 +74,16 @@ class _Driver:
 parse = functools.lru_cache(maxsize=None)(Kernel)
 
 
-def execute(
-    compiled: Any, grid: tuple[int, ...], arguments: list[Argument], block_order: Sequence[int] | None = None
-) -> Counts:
-    kernel = parse(compiled.asm["ptx"])
-    return kernel.launch(grid, arguments, shared=compiled.metadata.shared, block_order=block_order)
+def execute(compiled: Any, grid: tuple[int, ...], arguments: list[Argument], **how: Any) -> Counts:
+    return parse(compiled.asm["ptx"]).launch(grid, arguments, shared=compiled.metadata.shared, **how)
 
 
 @contextmanager
-def pretended_gpu(architecture: int, *, last_block_first: bool = False) -> Iterator[list[Launch]]:
+def pretended_gpu(architecture: int, *, last_block_first: bool = False, races: bool = False) -> Iterator[list[Launch]]:
     """Within it Triton kernels run on CPU tensors as PTX for sm_<architecture>; yields the launches, in order.
 
-    Compilation stops at the PTX. The blocks of a grid run in groups, from the first or from the last.
+    Compilation stops at the PTX. The blocks of a grid run in groups, from the first or from the last. races: look for
+    races in global memory, too.
     """
     launches: list[Launch] = []
     compile_only = JITFunction.run
@@ -98,7 +96,8 @@ def pretended_gpu(architecture: int, *, last_block_first: bool = False) -> Itera
         kinds = compiled.src.signature
         passed = {name: _argument(value) for name, value in bound.arguments.items() if kinds[name] != "constexpr"}
         order = range(math.prod(grid))
-        counts = execute(compiled, tuple(grid), list(passed.values()), order[::-1] if last_block_first else order)
+        how = {"block_order": order[::-1] if last_block_first else order, "races": races}
+        counts = execute(compiled, tuple(grid), list(passed.values()), **how)
         launches.append(Launch(function.__name__, tuple(grid), compiled, passed, counts))
         return compiled
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,18 +43,18 @@ def _kernel(body: str, size: int, given: str, result: str) -> Kernel:
     return Kernel(text.replace("INPUT", given).replace("OUTPUT", result).replace("BODY", body))
 
 
-def run(body: str, given: Array, *, parse_only: bool = False) -> Array:
+def run(body: str, given: Array, **how: Any) -> Array:
     """Each thread has its index in %r1 and its element in %r2; returns %r3 of each thread, as uint32."""
-    return launch(body, given, parse_only=parse_only)[0]
+    return launch(body, given, **how)[0]
 
 
-def launch(body: str, given: Array, *, parse_only: bool = False) -> tuple[Array, Counts]:
+def launch(body: str, given: Array, *, parse_only: bool = False, races: bool = False) -> tuple[Array, Counts]:
     """As `run`, with the counts."""
     kernel = _kernel(body, 4, "%r2", "%r3")
     out = np.zeros(THREADS, np.uint32)
     if parse_only:
         return out, Counts()
-    return out, kernel.launch((1,), [out, np.ascontiguousarray(given).view(np.uint32)])
+    return out, kernel.launch((1,), [out, np.ascontiguousarray(given).view(np.uint32)], races=races)
 
 
 def run_wide(body: str, given: Array) -> Array:

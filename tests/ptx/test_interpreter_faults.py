@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from .handwritten import ADDRESS, FRAME, THREADS, launch, run
-from .interpreter import Deadlock, Kernel, MemoryFault, Offset, Scattered, SharedMemoryRace
+from .interpreter import Deadlock, GlobalMemoryRace, Kernel, MemoryFault, Offset, Scattered, SharedMemoryRace
 
 X = np.arange(THREADS, dtype=np.uint32)
 
@@ -114,6 +114,26 @@ def test_atomics_are_counted_per_argument() -> None:
     _, counts = launch("red.global.add.u32 [%rd1], 1; red.global.add.f32 [%rd1+4], 0f3F800000; mov.b32 %r3, 1;", X)
     assert counts.atomics == {0: 2 * THREADS}
     assert counts.float_atomics == THREADS
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        pytest.param("st.global.b32 [%rd1], %r2; mov.b32 %r3, 0;", "overwrites what another stored", id="one address"),
+        pytest.param("st.global.b32 [%rd3], %r1; ld.global.b32 %r3, [%rd1];", "loads what another stored", id="load"),
+        pytest.param("ld.global.b32 %r3, [%rd1]; add.s32 %r3, %r3, 1;", "overwrites what another loaded", id="store"),
+    ],
+)
+def test_global_race_is_found_on_request(body: str, what: str) -> None:
+    given = X + np.uint32(5)
+    run(body, given)
+    with pytest.raises(GlobalMemoryRace, match=what):
+        run(body, given, races=True)
+
+
+def test_barrier_orders_the_threads_of_a_block() -> None:
+    body = "ld.global.b32 %r4, [%rd1]; bar.sync 0; mov.b32 %r3, 7;"
+    np.testing.assert_array_equal(run(body, X, races=True), np.full(THREADS, 7))
 
 
 COPY = """.visible .entry copy(.param .u64 to, .param .u64 from, .param .u64 stride) .reqntid 32 {

@@ -13,6 +13,7 @@ wait for every live thread. Memory is checked for bounds, alignment and (shared 
 | `table` | which opcode, modifier and type combinations exist here |
 | `parser` | text -> `Program` |
 | `memory` | global and shared memory with their checks and counts |
+| `races` | races in global memory, looked for on request |
 | `threads` | registers of the threads that run together, and the scheduler |
 | `arithmetic`, `data`, `access`, `warp` | what the instructions do |
 | `kernel` | `Kernel.launch` |
@@ -24,6 +25,16 @@ as large as the hardware's may be, so a tolerance that holds here does not live 
 
 from .kernel import Kernel, Offset, Scattered
 from .memory import Counts
-from .syntax import Deadlock, MemoryFault, SharedMemoryRace, UnsupportedPTX
+from .syntax import Deadlock, GlobalMemoryRace, MemoryFault, SharedMemoryRace, UnsupportedPTX
 
-__all__ = ["Counts", "Deadlock", "Kernel", "MemoryFault", "Offset", "Scattered", "SharedMemoryRace", "UnsupportedPTX"]
+__all__ = [
+    "Counts",
+    "Deadlock",
+    "GlobalMemoryRace",
+    "Kernel",
+    "MemoryFault",
+    "Offset",
+    "Scattered",
+    "SharedMemoryRace",
+    "UnsupportedPTX",
+]

@@ -46,8 +46,10 @@ def load(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     destination, source = _without_cache_policy(instruction)
     parts, dtype = _parts(destination, instruction), DTYPES[instruction.types[0]]
     address, size = addresses(threads, source, instruction, mask), dtype.itemsize * len(parts)
-    memory = threads.launch.memory if instruction.has("global") else threads.shared
-    columns = memory.load(address, size, threads.index[mask]).view(dtype)
+    if instruction.has("global"):
+        columns = threads.launch.memory.load(address, size, threads.user(mask)).view(dtype)
+    else:
+        columns = threads.shared.load(address, size, threads.index[mask]).view(dtype)
     value = np.zeros(threads.count, dtype)
     for column, register in enumerate(parts):
         value[mask] = columns[:, column]
@@ -59,8 +61,10 @@ def store(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     kind = instruction.types[0]
     values = np.stack([threads.read(part, kind)[mask] for part in _parts(source, instruction)], 1).view(np.uint8)
     address = addresses(threads, destination, instruction, mask)
-    memory = threads.launch.memory if instruction.has("global") else threads.shared
-    memory.store(address, values, threads.index[mask])
+    if instruction.has("global"):
+        threads.launch.memory.store(address, values, threads.user(mask))
+    else:
+        threads.shared.store(address, values, threads.index[mask])
 
 
 def _without_cache_policy(instruction: Instruction) -> list[Operand]:

@@ -51,6 +51,7 @@ class Kernel:
         block: int | None = None,
         shared: int = 0,
         block_order: Sequence[int] | None = None,
+        races: bool = False,
         step_limit: int = 10**7,
     ) -> Counts:
         """Run all blocks.
@@ -58,14 +59,16 @@ class Kernel:
         arguments: C-contiguous numpy arrays (or Offset, Scattered) for pointers, numbers for scalars. The same array
         twice is the same memory. Missing trailing arguments (Triton's hidden scratch pointers) are null.
         shared: bytes of dynamic shared memory. block_order: the order in which blocks are taken, for a kernel that
-        must not depend on it.
+        must not depend on it. races: also look for races in global memory (slow).
         """
         block = block or self.program.block
         if not block or block % WARP:
             raise ValueError("the block size must be a multiple of 32")
         width, height, depth = (*grid, 1, 1)[:3]
         counts = Counts()
-        parameters, memory = self._bind([*arguments, *[None] * (len(self.program.parameters) - len(arguments))], counts)
+        parameters, memory = self._bind(
+            [*arguments, *[None] * (len(self.program.parameters) - len(arguments))], counts, block if races else None
+        )
         launch = Launch(self.program, (width, height, depth), block, shared, parameters, memory, counts, step_limit)
         order = np.arange(width * height * depth) if block_order is None else np.asarray(block_order)
         at_once = max(1, THREADS_AT_ONCE // block)
@@ -75,7 +78,9 @@ class Kernel:
         memory.write_back()
         return counts
 
-    def _bind(self, arguments: Sequence[Argument], counts: Counts) -> tuple[dict[str, Array], GlobalMemory]:
+    def _bind(
+        self, arguments: Sequence[Argument], counts: Counts, races_of_block: int | None
+    ) -> tuple[dict[str, Array], GlobalMemory]:
         """Parameter values as raw bits, and the memory behind the pointers."""
         pieces: list[tuple[int, int, Array]] = []
         known: dict[int, int] = {}
@@ -98,7 +103,7 @@ class Kernel:
                 parameters[name] = np.array(value, dtype).view(UNSIGNED[dtype.itemsize])
             else:
                 parameters[name] = np.array(int(value) & ((1 << 8 * dtype.itemsize) - 1), UNSIGNED[dtype.itemsize])
-        return parameters, GlobalMemory(pieces, counts)
+        return parameters, GlobalMemory(pieces, counts, races_of_block)
 
 
 def _bytes(array: Array, name: str) -> Array:

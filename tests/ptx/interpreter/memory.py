@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .races import Uses
 from .syntax import MemoryFault, SharedMemoryRace
 
 if TYPE_CHECKING:
@@ -48,20 +49,32 @@ class Segment:
     size: int
     argument: int
     cells: Array
+    uses: Uses | None = None
 
     @property
     def lead(self) -> int:
         """Bytes of padding in front of the array."""
         return self.start % ALIGNMENT
 
+    def bytes_at(self, address: Array, size: int) -> Array:
+        """Positions in `cells` of the bytes of these accesses, (accesses, size)."""
+        return (address - (self.start - self.lead))[:, None] + np.arange(size)
+
     def view(self, address: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
         """The memory as elements of `dtype`, and which of them these addresses mean."""
         return self.cells.view(dtype), (address - (self.start - self.lead)) // dtype.itemsize
 
 
+class User(NamedTuple):
+    """Of each access the thread, by its number in the launch, and how many barriers it has passed."""
+
+    thread: Array
+    epoch: Array
+
+
 class GlobalMemory:
-    def __init__(self, arrays: list[tuple[int, int, Array]], counts: Counts) -> None:
-        """arrays: (argument, address, the bytes as uint8)."""
+    def __init__(self, arrays: list[tuple[int, int, Array]], counts: Counts, races_of_block: int | None) -> None:
+        """arrays: (argument, address, the bytes as uint8). races_of_block: threads of a block, to look for races."""
         self.counts = counts
         self.arrays = sorted(arrays, key=lambda entry: entry[1])
         self.segments = []
@@ -69,7 +82,8 @@ class GlobalMemory:
             lead = start % ALIGNMENT
             cells = np.zeros(-(-(lead + len(data)) // ALIGNMENT) * ALIGNMENT, np.uint8)
             cells[lead : lead + len(data)] = data
-            self.segments.append(Segment(start, len(data), argument, cells))
+            uses = Uses(len(cells), races_of_block) if races_of_block else None
+            self.segments.append(Segment(start, len(data), argument, cells, uses))
         self.starts = np.array([segment.start for segment in self.segments], np.int64)
 
     def write_back(self) -> None:
@@ -93,10 +107,12 @@ class GlobalMemory:
             found.append((segment, members))
         return found
 
-    def load(self, address: Array, size: int, thread: Array) -> Array:
+    def load(self, address: Array, size: int, user: User) -> Array:
         """`size` bytes for each address: uint8 of shape (addresses, size)."""
-        loaded = np.empty(len(address), f"V{size}")
+        loaded, thread = np.empty(len(address), f"V{size}"), user.thread
         for segment, members in self.locate(address, size):
+            if segment.uses:
+                segment.uses.load(segment.bytes_at(address[members], size), thread[members], user.epoch[members])
             cells, index = segment.view(address[members], np.dtype(f"V{size}"))
             loaded[members] = cells[index]
             self.counts.loaded[segment.argument] += size * int(members.sum())
@@ -105,11 +121,15 @@ class GlobalMemory:
             self.counts.load_sectors[segment.argument] += sectors
         return loaded.view(np.uint8).reshape(-1, size)
 
-    def store(self, address: Array, values: Array, thread: Array) -> None:
+    def store(self, address: Array, values: Array, user: User) -> None:
         """values: uint8 of shape (addresses, size)."""
-        size = values.shape[1]
+        size, thread = values.shape[1], user.thread
         new = np.ascontiguousarray(values).view(f"V{size}").reshape(-1)
         for segment, members in self.locate(address, size):
+            if segment.uses:
+                where = segment.bytes_at(address[members], size)
+                changes = segment.cells[where] != values[members]
+                segment.uses.store(where, thread[members], user.epoch[members], changes)
             cells, index = segment.view(address[members], np.dtype(f"V{size}"))
             cells[index] = new[members]
             self.counts.stored[segment.argument] += size * int(members.sum())

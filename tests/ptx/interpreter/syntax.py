@@ -17,6 +17,10 @@ class SharedMemoryRace(RuntimeError):
     """Two threads touched the same shared bytes, one of them writing, with no barrier between."""
 
 
+class GlobalMemoryRace(RuntimeError):
+    """Two threads touched the same bytes of an array, one of them storing, and nothing orders them."""
+
+
 class Deadlock(RuntimeError):
     """Some live threads never reach a barrier that others wait at."""
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .memory import WARP, Counts, GlobalMemory, SharedMemory
+from .memory import WARP, Counts, GlobalMemory, SharedMemory, User
 from .scalars import DTYPES, SIGNED, UNSIGNED, Array, Mask, bf16_to_f32, bits_of
 from .syntax import (
     Complement,
     Deadlock,
     Discard,
     FloatBits,
+    GlobalMemoryRace,
     Instruction,
     Integer,
     MemoryFault,
@@ -82,6 +83,7 @@ class Threads:
         self.end = len(launch.program.code)
         self.counter = np.zeros(self.count, np.int64)  # == end: the thread has exited
         self.waiting = np.zeros(self.count, bool)
+        self.epoch = np.zeros(self.count, np.int32)  # barriers of the block that the thread has passed
 
     def _special_registers(self) -> dict[str, Array]:
         width, height, _ = self.launch.grid
@@ -154,6 +156,7 @@ class Threads:
         complete = self._complete(instruction, group)
         self.waiting = (self.waiting | group) & ~complete
         if instruction.entry in BLOCK_BARRIERS:
+            self.epoch[complete] += 1
             self.shared.barrier(np.unique(self.index[complete] // self.launch.block))
         elif instruction.entry == "bar.warp":
             self.shared.warp_barrier(np.unique(self.index[complete] // WARP))
@@ -169,11 +172,16 @@ class Threads:
         self.launch.counts.instructions += active
         try:
             executor(self, instruction, mask)
-        except (MemoryFault, SharedMemoryRace) as fault:
+        except (MemoryFault, SharedMemoryRace, GlobalMemoryRace) as fault:
             what, position = fault.args
             thread = np.flatnonzero(mask)[position]
             where = f"block {self.block_index[thread]} thread {self.thread[thread]}"
             raise type(fault)(f"{self.launch.program.name}: {what}, {where}: {instruction.text}") from None
+
+    def user(self, mask: Mask) -> User:
+        """Who accesses global memory."""
+        number = self.block_index[mask] * self.launch.block + self.thread[mask]
+        return User(number, self.epoch[mask])
 
     # registers
 
