@@ -183,7 +183,7 @@ def process(rank: int, folder: str) -> None:
     sketch, whole = xt.LossSketch(), xt.LossSketch()
     logits, target = batch_of(rank)
     xt.cross_entropy(logits.requires_grad_(), target, sketch=sketch).loss.nan_to_num().backward()
-    all_reduce_(sketch)
+    sketch.all_reduce_()
     for other in range(2):
         xt.cross_entropy(*batch_of(other), sketch=whole)
     assert sketch == whole

@@ -69,6 +69,12 @@ def test_a_file_brings_back_the_same_sketch(
     load(tmp_path / "sketch").update(torch.tensor([1.0]))  # it is no read-only view of the file
 
 
+def test_the_methods_save_and_load(tmp_path: pathlib.Path) -> None:
+    sketch = filled()
+    sketch.save(tmp_path / "sketch")
+    assert xt.LossSketch.load(tmp_path / "sketch") == sketch
+
+
 def test_large_and_negative_numbers_come_back(tmp_path: pathlib.Path) -> None:
     sketch = xt.LossSketch(precision=1)
     sketch.state.random_(-(2**63), 2**63 - 1)
