@@ -44,6 +44,10 @@ def rows() -> list[Row]:
     ]
 
 
+def ours(x: Tensor) -> Step:
+    return lambda _: xt.quantile(x, Q)
+
+
 def check() -> None:
     x = losses(1 << 20)
     expected = torch.from_numpy(np.quantile(x.double().numpy(), Q)).float()
@@ -57,11 +61,11 @@ def main() -> None:
     check()
     print(f"commit {commit()}, {torch.get_num_threads()} threads, {rounds} rounds; median, and 20th to 80th percentile")
     for row in rows():
-        x = losses(row.values)
-        seconds = interleave({"ours": lambda _, x=x: xt.quantile(x, Q), row.against: row.step}, rounds, cpu_clock)
-        ours, times = spread(seconds["ours"]), ratio(seconds[row.against], seconds["ours"])
+        steps = {"ours": ours(losses(row.values)), row.against: row.step}
+        seconds = interleave(steps, rounds, cpu_clock)
+        median, times = spread(seconds["ours"]).median, ratio(seconds[row.against], seconds["ours"])
         print(
-            f"{row.values >> 20:3d}M float32, {len(Q)} quantiles: {ours.median * 1e3:7.1f} ms, {row.against} takes "
+            f"{row.values >> 20:3d}M float32, {len(Q)} quantiles: {median * 1e3:7.1f} ms, {row.against} takes "
             f"{times.median:.1f} times as long ({times.p20:.1f} ... {times.p80:.1f}; to reach: {row.target:g})"
         )
 

@@ -139,6 +139,9 @@ def process(rank: int, world: int, store: str) -> None:
         subgroup = dist.new_group([world - 1])
         if rank == world - 1:
             assert torch.equal(xt.quantile(parts[rank], Q, process_group=subgroup), expected(parts[rank]))
+        else:
+            with pytest.raises(ValueError, match="process_group must contain this rank"):
+                xt.quantile(parts[rank], Q, process_group=subgroup)
     finally:
         dist.destroy_process_group()
 

@@ -74,6 +74,8 @@ def quantile(
                 [False, False, False]])
     """
     _check_arguments(x, mask, weights, interpolation, nan_policy)
+    if process_group is not None and torch.distributed.get_rank(process_group) < 0:
+        raise ValueError("process_group must contain this rank")
     wanted = _check.quantiles(q, x.device)
     values = x.detach().reshape(-1).contiguous()
     keep = None if mask is None else mask.reshape(-1).contiguous()
