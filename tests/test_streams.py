@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import xentile as xt
 from xentile import _layout as layout
 from xentile.reference import column_of
-from xentile.streams import EXTREMES, DecayedSketch, Stream, WindowedSketch
+from xentile.streams import DecayedSketch, Stream, WindowedSketch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +147,7 @@ def test_extremes_are_exact_while_their_value_has_weight(value: float) -> None:
     for _ in range(3):
         stream.update(torch.tensor([value]))
     expected = sketch_of(torch.tensor([value])).state
-    assert torch.equal(stream.state[:, EXTREMES], expected[:, EXTREMES])
+    assert torch.equal(stream.state[:, layout.EXTREMES], expected[:, layout.EXTREMES])
     assert stream.min() == stream.max() == torch.tensor(value)
 
 

@@ -1,11 +1,22 @@
 """Cross-entropy for language models that also returns the percentiles of the per-token loss."""
 
+from xentile.confidence import clustered_confidence_interval
 from xentile.cross_entropy import cross_entropy
 from xentile.module import CrossEntropyLoss
 from xentile.output import CrossEntropyOutput
 from xentile.quantile import quantile
 from xentile.sketch import LossSketch
+from xentile.streams import DecayedSketch, WindowedSketch
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "LossSketch", "cross_entropy", "quantile"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyOutput",
+    "DecayedSketch",
+    "LossSketch",
+    "WindowedSketch",
+    "clustered_confidence_interval",
+    "cross_entropy",
+    "quantile",
+]

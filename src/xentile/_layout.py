@@ -34,6 +34,7 @@ IGNORED, OUT_OF_RANGE, BAD_GROUP = 4, 5, 6
 SUM_LO, SUM_HI = 7, 8
 SQ_LO, SQ_MID, SQ_HI = 9, 10, 11
 MAX_KEY, MIN_KEY = 12, 13
+EXTREMES = slice(MAX_KEY, MIN_KEY + 1)
 SPECIAL = 16  # the first bin; rows stay 128-byte aligned
 
 PRECISIONS = range(1, 11)  # M of the sketches that are offered

@@ -14,7 +14,6 @@ from xentile.sketch import LossSketch
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXTREMES = slice(layout.MAX_KEY, layout.MIN_KEY + 1)
 HEADER = 3  # precision, groups, unit
 
 
@@ -64,7 +63,7 @@ def _packed(sketch: LossSketch, ranks: int, rank: int) -> Tensor:
     size, slot = sketch.state.numel(), 2 * sketch.groups
     packed = torch.zeros(size + ranks * slot, dtype=torch.int64, device=sketch.device)
     packed[:size] = sketch.state.flatten()  # its sums of extremes mean nothing, and are not read
-    packed[size + rank * slot : size + (rank + 1) * slot] = sketch.state[:, EXTREMES].flatten()
+    packed[size + rank * slot : size + (rank + 1) * slot] = sketch.state[:, layout.EXTREMES].flatten()
     return packed
 
 
@@ -72,7 +71,7 @@ def _unpack(packed: Tensor, state: Tensor) -> None:
     size = state.numel()
     slots = packed[size:].view(-1, state.shape[0], 2)
     state.copy_(packed[:size].view_as(state))
-    state[:, EXTREMES] = slots.amax(0)
+    state[:, layout.EXTREMES] = slots.amax(0)
 
 
 def _same_kind(kinds: list[list[int]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from xentile import _check
 from xentile import _layout as layout
 from xentile._ops import ops
-from xentile.reference.sketch import bin_edges, extremes
+from xentile.reference.sketch import bin_edges, extremes, ordered_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,8 +121,7 @@ class Readout:
     def _buckets(self) -> tuple[Tensor, Tensor, Tensor]:
         """Counts and edges (G, bins + 3) float64 of the buckets in the order of their values."""
         state, edges = self.state, bin_edges(self.layout, self.device).double()
-        special = state[:, [layout.ZERO]], state[:, [layout.OVERFLOW, layout.INF]]
-        counts = torch.cat([special[0], state[:, layout.SPECIAL :], special[1]], 1).double()
+        counts = ordered_counts(state).double()
         low, high = (e.double()[:, None] for e in extremes(state))
         row = edges.expand(self.groups, -1)
         infinity = torch.full_like(low, torch.inf)

@@ -130,11 +130,9 @@ class LossSketch(Readout):
         if other.precision < self.precision:
             self.state = self.coarsened(other.precision).state
         state = other.coarsened(self.precision).state.to(self.device)
-        extremes = torch.maximum(
-            self.state[:, layout.MAX_KEY : layout.SPECIAL], state[:, layout.MAX_KEY : layout.SPECIAL]
-        )
+        extremes = torch.maximum(self.state[:, layout.EXTREMES], state[:, layout.EXTREMES])
         self.state += state
-        self.state[:, layout.MAX_KEY : layout.SPECIAL] = extremes
+        self.state[:, layout.EXTREMES] = extremes
 
     def merge_many(self, others: Iterable[LossSketch]) -> None:
         """Merge each of the others; nothing is merged if one of them doesn't fit."""

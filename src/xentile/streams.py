@@ -14,7 +14,6 @@ from xentile.readout import Readout
 from xentile.reference.sketch import bin_edges
 from xentile.sketch import WEIGHT_UNIT, LossSketch
 
-EXTREMES = slice(layout.MAX_KEY, layout.MIN_KEY + 1)
 """The columns that merge by maximum; the others merge by addition."""
 
 SUMS = ((layout.SUM_HI, layout.SUM_LO), (layout.SQ_HI, layout.SQ_MID, layout.SQ_LO))
@@ -143,7 +142,7 @@ class WindowedSketch(Stream):
         slot, now = self._steps.remainder(self.window), self.current.state
         self.state += now - self._ring.index_select(0, slot)[0]
         self._ring.index_copy_(0, slot, now[None])
-        self.state[:, EXTREMES] = self._ring[:, :, EXTREMES].amax(0)
+        self.state[:, layout.EXTREMES] = self._ring[:, :, layout.EXTREMES].amax(0)
         self._steps += 1
 
     def _options(self) -> dict[str, float]:
@@ -197,7 +196,7 @@ class DecayedSketch(Stream):
         # What a step's columns are multiplied by: the sums are in their own units, the extremes don't add.
         self._scale = torch.full_like(self.state[0], self.unit)
         self._scale[layout.SUM_LO : layout.SQ_HI + 1] = 1
-        self._scale[EXTREMES] = 0
+        self._scale[layout.EXTREMES] = 0
         self._ends = bucket_ends(self.layout, self.device)
 
     def effective_count(self) -> Tensor:
@@ -225,11 +224,11 @@ class DecayedSketch(Stream):
 
     def _close(self) -> None:
         now = self.current.state
-        extremes = torch.maximum(self.state[:, EXTREMES], now[:, EXTREMES])
+        extremes = torch.maximum(self.state[:, layout.EXTREMES], now[:, layout.EXTREMES])
         self._fade()
         self.state += now * self._scale
         reach = torch.where((self.state > 0)[:, :, None], self._ends, 0).amax(1)
-        self.state[:, EXTREMES] = torch.minimum(extremes, reach)
+        self.state[:, layout.EXTREMES] = torch.minimum(extremes, reach)
         self._weight_sums.mul_(self._decays).add_(self.current._row_count().double())
 
     def _fade(self) -> None:

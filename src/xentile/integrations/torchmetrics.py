@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from xentile import _check
+from xentile._layout import EXTREMES
 from xentile.cross_entropy import cross_entropy
-from xentile.distributed import EXTREMES, all_reduce_
+from xentile.distributed import all_reduce_
 from xentile.sketch import LossSketch
 
 try:

@@ -155,10 +155,15 @@ def sketch_quantile(sketch: Tensor, q: Tensor, interpolation: str) -> tuple[Tens
     return tuple(t.masked_fill(empty, torch.nan).float() for t in (value, bound_lo, bound_hi))  # type: ignore[return-value]
 
 
+def ordered_counts(sketch: Tensor) -> Tensor:
+    """(G, bins + 3): the counts below 2**-24, of the bins, above 2**8 and of +inf. Slices only: no index to copy."""
+    return torch.cat([sketch[:, ZERO : ZERO + 1], sketch[:, SPECIAL:], sketch[:, OVERFLOW : INF + 1]], 1)
+
+
 def _buckets(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, lower and upper edges (G, BINS + 3) of the buckets in the order of their values."""
     layout = Layout.of_width(sketch.shape[1])
-    counts = torch.cat([sketch[:, [ZERO]], sketch[:, SPECIAL:], sketch[:, [OVERFLOW, INF]]], 1)
+    counts = ordered_counts(sketch)
     edges = bin_edges(layout, sketch.device).double()
     high = extremes(sketch)[1].double()
     groups = counts.shape[0]
