@@ -1,10 +1,10 @@
 """Builds the native CPU library, without importing torch and without linking against it.
 
-torch is no build requirement: pip would put another torch, of several GB, into the isolated build environment. Only its
-headers are needed, and they are found in the environment that runs pip. The library is linked against an empty stub with
-the name of libtorch_cpu.so; its symbols are resolved when it is loaded, because torch is in the process by then. It uses
-neither CPython symbols nor an unstable torch interface: one wheel, py3-none-<platform>, serves every Python and every
-torch >= 2.11.
+torch is no build requirement: pip would put another torch, of several GB, into the isolated build environment. Only
+its headers are needed, and they are found in the environment that runs pip. The library is linked against an empty stub
+with the name of libtorch_cpu.so; its symbols are resolved when it is loaded, because torch is in the process by then.
+It uses neither CPython symbols nor an unstable torch interface: one wheel, py3-none-<platform>, serves every Python and
+every torch >= 2.11.
 
 Without a compiler or without the headers the wheel is pure Python, and plain PyTorch serves the CPU. Environment
 variables: XENTILE_REQUIRE_NATIVE=1 makes that an error; XENTILE_TORCH_INCLUDE names the folder of the headers; CXX and
@@ -81,7 +81,8 @@ class BuildNative(build_ext):
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         prefix = f"-ffile-prefix-map={pathlib.Path.cwd()}/="  # no path of the building machine in messages
-        units = dict.fromkeys(OPERATORS, [*TORCH, "-isystem", torch_include()])
+        include = torch_include()
+        units = {name: [*TORCH, "-isystem", include] for name in OPERATORS}
         units |= {name: isa if IS_X86 else isa[:1] for name, isa in KERNELS.items()}
         objects = []
         for name, own in units.items():

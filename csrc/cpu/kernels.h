@@ -46,6 +46,8 @@ struct RowKernels {
 
 namespace sketch {
 
+constexpr int kCountBlock = 1024;
+
 // Sums and extremes of values: the columns of the same names of a sketch.
 struct Totals {
   int64_t sum_lo, sum_hi, square_lo, square_mid, square_hi, max_key, min_key;
@@ -56,6 +58,8 @@ struct Totals {
 struct KernelTable {
   const char* name;
   RowKernels<float> float32, bfloat16, float16;
+  // Counts x[0:kCountBlock] in histogram[0:bins] and *totals; false, having done nothing, if a value is outside the bins.
+  bool (*count)(const float* x, int shift, int first_key, int bins, uint32_t* histogram, sketch::Totals* totals);
 };
 
 extern const KernelTable kernels_default, kernels_avx2, kernels_avx512;

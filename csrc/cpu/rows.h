@@ -5,6 +5,7 @@
 // float32, in partial sums; across blocks they are double.
 #pragma once
 #include "blocks.h"
+#include "counting.h"
 
 namespace {
 using xentile::Coefficients;
@@ -199,4 +200,4 @@ constexpr xentile::RowKernels<float> kRowKernels = {reduce<F>, gradient<F>, scal
 
 #define XENTILE_KERNEL_TABLE(isa)                       \
   const xentile::KernelTable xentile::kernels_##isa = { \
-      #isa, kRowKernels<Float32>, kRowKernels<BFloat16>, kRowKernels<Float16>};
+      #isa, kRowKernels<Float32>, kRowKernels<BFloat16>, kRowKernels<Float16>, count};

@@ -3,11 +3,14 @@
 #include <limits>
 #include <vector>
 
+#include "dispatch.h"
 #include "operators.h"
 #include "sketch_state.h"
 
 namespace xentile {
 namespace {
+
+constexpr int64_t kMostInHistogram = int64_t{1} << 31;  // its counts are uint32
 
 enum Interpolation { kLinear, kLower, kHigher, kNearest, kMidpoint };
 
@@ -79,6 +82,54 @@ Distribution::Order quantile(const Distribution& distribution, double q, int64_t
   return {value, at_lo.lower, at_hi.upper};
 }
 
+// Counts many values in group 0: their histogram is made apart, without atomics, and added in the end.
+class Histogram {
+ public:
+  Histogram(const sketch::State& state, int64_t unit)
+      : state_(state), unit_(unit), counter_(state), counts_(state.layout.bins) {}
+  ~Histogram() {
+    for (int bin = 0; bin < state_.layout.bins; bin++)
+      if (counts_[bin]) state_.add(0, sketch::kSpecial + bin, counts_[bin] * unit_);
+    state_.add(0, totals_);
+  }
+
+  void add_block(const float* x) {
+    const sketch::Layout& layout = state_.layout;
+    if (!kernel_table().count(x, layout.shift, layout.first_key, layout.bins, counts_.data(), &totals_))
+      for (int i = 0; i < sketch::kCountBlock; i++) add(x[i]);
+  }
+
+  void add(float x) { counter_.add_value(x, 0, unit_, 1); }
+
+ private:
+  const sketch::State& state_;
+  const int64_t unit_;
+  sketch::Counter counter_;
+  std::vector<uint32_t> counts_;
+  sketch::Totals totals_ = {};
+};
+
+void count_all(Histogram& histogram, const float* x, const bool* keep, int64_t n) {
+  constexpr int64_t block = sketch::kCountBlock;
+  float kept[block];
+  int64_t filled = 0;
+  for (int64_t i = 0; i < n;) {
+    if (!keep && n - i >= block) {
+      histogram.add_block(x + i);
+      i += block;
+      continue;
+    }
+    for (; i < n && filled < block; i++) {
+      kept[filled] = x[i];
+      filled += !keep || keep[i];
+    }
+    if (filled < block) break;
+    histogram.add_block(kept);
+    filled = 0;
+  }
+  for (int64_t i = 0; i < filled; i++) histogram.add(kept[i]);
+}
+
 }  // namespace
 
 void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::optional<Tensor> weights,
@@ -90,6 +141,13 @@ void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::option
   const int64_t* group = read<int64_t>(group_ids, ScalarType::Long, n, "group_ids");
   const sketch::State state = write_state(sketch);
   torch::stable::parallel_for(0, n, 16384, [&](int64_t begin, int64_t end) {
+    if (!weight && !group && end - begin >= 4 * state.layout.bins) {
+      for (int64_t i = begin; i < end; i += kMostInHistogram) {
+        Histogram histogram(state, unit);
+        count_all(histogram, x + i, keep ? keep + i : nullptr, std::min(kMostInHistogram, end - i));
+      }
+      return;
+    }
     sketch::Counter counter(state);
     for (int64_t i = begin; i < end; i++) {
       const int64_t amount = keep && !keep[i] ? 0 : weight ? sketch::amount_of(weight[i], unit) : unit;

@@ -57,6 +57,9 @@ class Counter {
     add(slot.totals, value, weight);
   }
 
+  // Values that were counted elsewhere, all of them in one group that exists.
+  void add_totals(const Totals& totals, int64_t group) { state_.add(group, totals); }
+
   // Counts in a column; whether the group exists. If not, one more in kBadGroup instead.
   bool add_token(int column, int64_t group, int64_t amount) {
     const bool known = group >= 0 && group < state_.groups;
