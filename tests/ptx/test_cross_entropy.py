@@ -264,8 +264,9 @@ def test_results_are_the_same_bits_in_any_order_of_blocks() -> None:
 
 def _case(draw: st.DrawFn) -> tuple[int, Inputs, Options, int]:
     architecture, dtype = draw(st.sampled_from([(80, torch.float32), (90, torch.bfloat16)]))
-    rows = draw(st.integers(1, 6))
+    # each range has one tile: the first two stay in registers; the last, and rows with gaps between them, are streamed
     size = draw(st.one_of(st.integers(1, 128), st.integers(513, 1024), st.integers(32769, 33800)))
+    rows = draw(st.integers(1, 6 if size <= 1024 else 2))
     inputs = random_inputs(
         rows, size, dtype, seed=draw(st.integers(0, 2**20)), scale=draw(st.sampled_from([0.01, 3, 40]))
     )
@@ -293,7 +294,7 @@ def _case(draw: st.DrawFn) -> tuple[int, Inputs, Options, int]:
 
 
 @settings(
-    max_examples=80,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,

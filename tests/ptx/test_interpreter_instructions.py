@@ -22,10 +22,9 @@ NAN = np.full(THREADS, np.nan, np.float32)
 ZERO, ONE = 0 * X, 0 * X + 1
 
 
-def _bf16_greater(values: Array) -> Array:
-    """Whether the lower half of each word, read as bf16, exceeds the upper one."""
-    low, high = ((bits.astype(np.uint32) << 16).view(np.float32) for bits in values.view(np.uint16).reshape(-1, 2).T)
-    return low > high
+def _bfloat16_pairs(values: Array) -> Array:
+    """The lower and the upper half of each word, read as bf16."""
+    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, 2)
 
 
 CASES = {
@@ -116,7 +115,21 @@ CASES = {
     "bfloat16 compare": (
         "mov.b32 {%h1, %h2}, %r2; setp.gt.bf16 %p1, %h1, %h2; selp.b32 %r3, 1, 0, %p1;",
         F,
-        _bf16_greater(F),
+        _bfloat16_pairs(F)[:, 0] > _bfloat16_pairs(F)[:, 1],
+    ),
+    "packed bfloat16 compare": (
+        "mov.b32 %r4, 0x3F803F80; setp.gt.bf16x2 %p1|%p2, %r2, %r4; selp.b32 %r5, 1, 0, %p1; selp.b32 %r6, 2, 0, %p2;"
+        "add.s32 %r3, %r5, %r6;",
+        F,
+        (_bfloat16_pairs(F) > 1) @ np.array([1, 2]),
+    ),
+    "packed float16 compare": (
+        (
+            "setp.lt.f16x2 %p1|%p2, %r2, 0x3C003C00; selp.b32 %r5, 1, 0, %p1; selp.b32 %r6, 2, 0, %p2;"
+            "add.s32 %r3, %r5, %r6;"
+        ),
+        X,
+        (X.view(np.float16).reshape(-1, 2) < 1) @ np.array([1, 2]),
     ),
     "inner scope": ("{ .reg .b32 %r1; mov.b32 %r1, 7; } mov.b32 %r3, %r1;", X, INDEX),
     "loop of different length": (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import BINARY
-from .scalars import DTYPES, UNSIGNED, Array, Mask, f32_to_bf16, flush
-from .syntax import Group, Instruction, UnsupportedPTX
+from .scalars import DTYPES, UNSIGNED, Array, Mask, bf16_to_f32, f32_to_bf16, flush
+from .syntax import Group, Instruction, Operand, UnsupportedPTX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,14 +24,24 @@ COMPARE: dict[str, Callable[[Array, Array], Mask]] = {
     **dict.fromkeys(("ge", "hs"), np.greater_equal),
 }
 UNORDERED = {f"{relation}u": relation for relation in ("eq", "ne", "lt", "le", "gt", "ge")}  # true when one side is NaN
+HALVES = ("bf16x2", "f16x2")
 ROUNDING: dict[str, Callable[[Array], Array]] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
 def set_predicate(threads: Threads, instruction: Instruction, mask: Mask) -> None:
-    """setp: compare, then optionally combine with a predicate."""
+    """setp: compare, then optionally combine with a predicate. Of packed pairs p|q are the lower and the upper."""
     destination, first, second, *combined = instruction.operands
     relation, *combination = (modifier for modifier in instruction.modifiers if modifier != "ftz")
-    a, b = (threads.read(operand, instruction.types[0]) for operand in (first, second))
+    (kind,) = instruction.types
+    if kind in HALVES:
+        if combination or combined or not isinstance(destination, Group):
+            raise UnsupportedPTX(instruction.text)
+        (a_low, a_high), (b_low, b_high) = (_halves(threads, operand, kind) for operand in (first, second))
+        lower, upper = destination.parts
+        threads.write(lower, _compare(relation, a_low, b_low), mask)
+        threads.write(upper, _compare(relation, a_high, b_high), mask)
+        return
+    a, b = (threads.read(operand, kind) for operand in (first, second))
     if instruction.has("ftz"):
         a, b = flush(a), flush(b)
     result = _compare(relation, a, b)
@@ -41,6 +51,15 @@ def set_predicate(threads: Threads, instruction: Instruction, mask: Mask) -> Non
     elif combined:
         raise UnsupportedPTX(instruction.text)
     threads.write(destination, result, mask)
+
+
+def _halves(threads: Threads, operand: Operand, kind: str) -> tuple[Array, Array]:
+    """The lower and the upper of a packed pair of 16-bit floats, as float32."""
+    pair = threads.read(operand, "b32")
+    low, high = (pair & np.uint32(0xFFFF)).astype(np.uint16), (pair >> np.uint32(16)).astype(np.uint16)
+    if kind == "bf16x2":
+        return bf16_to_f32(low), bf16_to_f32(high)
+    return low.view(np.float16).astype(np.float32), high.view(np.float16).astype(np.float32)
 
 
 def _compare(relation: str, a: Array, b: Array) -> Mask:
@@ -77,7 +96,7 @@ def convert(threads: Threads, instruction: Instruction, mask: Mask) -> None:
         values = [flush(value) for value in values]
     if instruction.has("relu"):
         values = [np.where(value > 0, value, np.float32(0)) for value in values]
-    if to in ("bf16x2", "f16x2"):
+    if to in HALVES:
         upper, lower = (_narrow(value, to[:-2]).astype(np.uint32) for value in values)
         threads.write(destination, upper << 16 | lower, mask)
         return

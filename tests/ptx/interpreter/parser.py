@@ -22,7 +22,7 @@ from .syntax import (
     Special,
     UnsupportedPTX,
 )
-from .table import SPACES, TABLE, WITHOUT_EFFECT
+from .table import PACKED, SPACES, TABLE, WITHOUT_EFFECT
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _DEBUG_LINE = re.compile(r"(?m)^\s*\.(loc|file)\b.*$")
@@ -164,7 +164,7 @@ class _Body:
             return self._address(argument, instruction)
         if argument.startswith("!") and (register := self._register(argument[1:])):
             return Complement(register)
-        if "|" in argument and instruction.opcode in ("shfl", "elect"):
+        if "|" in argument and (instruction.opcode in ("shfl", "elect") or {*PACKED.split()} & {*instruction.types}):
             return Group(tuple(self._operand(part.strip(), instruction) for part in argument.split("|")))
         if register := self._register(argument):
             return register

@@ -72,7 +72,7 @@ _ENTRIES: dict[str, tuple[str, str]] = {
     "brev": ("", "b32 b64"),
     "bfind": ("", "u32 u64"),
     # comparison, selection, moves, conversion
-    "setp": (f"{RELATIONS} and or xor ftz", f"{PLAIN} f16 bf16"),
+    "setp": (f"{RELATIONS} and or xor ftz", f"{PLAIN} f16 bf16 {PACKED}"),
     "selp": ("", PLAIN),
     "slct": ("", "b32.s32 s32.s32 u32.s32 f32.s32"),
     "mov": ("", f"pred {PLAIN}"),
