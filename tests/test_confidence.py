@@ -55,14 +55,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def coverage(interval: Callable[[Tensor, Tensor], Interval], alike: float) -> list[float]:
+def coverage(interval: Callable[[Tensor, Tensor], Interval], alike: float, trials: int = TRIALS) -> list[float]:
     """The share of trials in which the interval covers the true quantiles Q."""
     truth = log_normal_quantiles(math.hypot(alike, 0.8))
     hits = torch.zeros(len(Q))
-    for _ in range(TRIALS):
+    for _ in range(trials):
         lower, upper = interval(*documents(alike))
         hits += (lower <= truth) & (truth <= upper)
-    return (hits / TRIALS).tolist()
+    return (hits / trials).tolist()
 
 
 def from_sketch(losses: Tensor, _: Tensor) -> Interval:
@@ -91,11 +91,11 @@ def test_documents_of_similar_tokens_are_covered_as_often_as_the_level_says() ->
 
 
 def test_groups_of_documents_are_covered_at_least_as_often_as_the_level_says() -> None:
-    assert all(0.945 <= c <= 0.985 for c in coverage(from_groups, alike=0.6))  # two bins wider
+    assert all(0.94 <= c <= 0.985 for c in coverage(from_groups, alike=0.6, trials=300))  # two bins wider
 
 
 def test_taking_the_tokens_of_documents_for_independent_covers_far_too_seldom() -> None:
-    assert all(c < 0.8 for c in coverage(from_sketch, alike=0.6))
+    assert all(c < 0.8 for c in coverage(from_sketch, alike=0.6, trials=300))
 
 
 def exact_range(n: int, p: float, level: float) -> tuple[int, int]:
