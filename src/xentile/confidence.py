@@ -1,7 +1,7 @@
 """Confidence intervals of a quantile of the loss: how far it may be from that of the text the tokens were drawn from.
 
-Tokens of one document are not independent, and an interval that takes them for independent is too narrow, often several
-times. So there are three: of independent values, from a sketch (`confidence_interval`); of documents, from the losses
+Tokens of one document are not independent, and an interval that takes them for independent is too short. So there are
+three: of independent values, from a sketch (`confidence_interval`); of documents, from the losses
 (`clustered_confidence_interval`); of documents, from a sketch that is mergeable (`grouped_confidence_interval`).
 
 Each is found as two ranks among the counted values, and the values there are its ends: nothing is assumed of the shape
@@ -102,7 +102,7 @@ def grouped_confidence_interval(
 
     The mergeable form of `clustered_confidence_interval`: count with `group_ids = document % groups`, and sketches of
     any number of shards or ranks merge as ever. All tokens of a document have to be in one group; then the groups vary
-    as the documents do. 32 to 128 groups do. The ends are widened to the edges of bins.
+    as the documents do. A few dozen groups do. The ends are widened to the edges of bins.
 
     Args:
         sketch: with two groups or more, of values without weights.
