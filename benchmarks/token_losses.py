@@ -17,7 +17,7 @@ from torch import Tensor
 
 STORED = Path(__file__).with_name("token_losses.npy")
 TOKENS = 40_000  # 160 kB
-STEPS = 2500
+STEPS = 1000
 
 
 @torch.no_grad()
