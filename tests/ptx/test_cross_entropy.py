@@ -144,6 +144,21 @@ def test_target_in_any_tile_and_in_both_edges(size: int) -> None:
     assert_exact(inputs, PLAIN, run(90, inputs).outputs)
 
 
+@pytest.mark.parametrize("size", [1000, 50257])
+def test_confident_tokens_keep_their_digits(size: int) -> None:
+    """Losses from 1 down to 1e-7, with the target late and early in the row: within 1e-6 of float64."""
+    inputs = random_inputs(16, size, torch.float32)
+    rows = torch.arange(16)
+    inputs.target[:8] = torch.randint(0, 100, (8,))
+    rest = inputs.logits.double().logsumexp(1)
+    inputs.logits[rows, inputs.target] = (rest + torch.linspace(0, 16, 16, dtype=torch.float64)).float()
+    outputs = run(90, inputs, gradient=False).outputs
+    wanted = exact(inputs, gradient=False).token_loss
+    error = (outputs.token_loss.double() / wanted - 1).abs()
+    assert wanted.min() < 2e-7
+    assert error.max() <= 1e-6, f"relative errors {error.tolist()}"
+
+
 @pytest.mark.parametrize("shift", [1, 3, 7])
 def test_rows_that_start_anywhere(shift: int) -> None:
     """A view whose rows begin at every alignment, between columns of NaN that must not be read."""
