@@ -193,10 +193,6 @@ SKETCH: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "state dtype": (lambda s: s.from_state(state().float()), TypeError, "state must be int64, got .*float32"),
     "state shape": (lambda s: s.from_state(state()[:, :7]), ValueError, r"state must have shape .* got \(2, 7\)"),
     "state 1-d": (lambda s: s.from_state(state()[0]), ValueError, r"state must have shape .* got \(\d+,\)"),
-        lambda s: s.from_state(state()[0]),
-        ValueError,
-        r"state must have shape \(G, width\) .*, got \(\d+,\)",
-    ),
     "state strided": (
         lambda s: s.from_state(state().t().contiguous().t()),
         ValueError,
