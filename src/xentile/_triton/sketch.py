@@ -39,11 +39,12 @@ PRIVATE_FROM = 1 << 18
 @triton.jit
 def amount_of(weight_ptr, i, keep, unit):
     """int64 [BLOCK]: the unit, or a value's weight in it."""
-    if weight_ptr is None:
-        return tl.where(keep, unit, 0)
-    weight = rint(tl.load(weight_ptr + i, mask=keep, other=0.0).to(tl.float64) * unit.to(tl.float64))
-    weight = tl.where(weight == weight, weight, 0.0)
-    return tl.minimum(tl.maximum(weight, 0.0), HEAVIEST).to(tl.int64)
+    amount = tl.where(keep, unit, 0)
+    if weight_ptr is not None:
+        weight = rint(tl.load(weight_ptr + i, mask=keep, other=0.0).to(tl.float64) * unit.to(tl.float64))
+        weight = tl.where(weight == weight, weight, 0.0)
+        amount = tl.minimum(tl.maximum(weight, 0.0), HEAVIEST).to(tl.int64)
+    return amount
 
 
 @triton.jit(do_not_specialize=["n", "groups", "unit"])

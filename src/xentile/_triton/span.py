@@ -50,8 +50,8 @@ def load_weight(weight, columns, valid, SMOOTH: tl.constexpr):
     w = tl.full(columns.shape, 1.0, tl.float32)
     if SMOOTH:
         if weight is not None:
-            w = tl.load(weight + columns, mask=valid, other=0.0)
-        elif valid is not None:
+            w = tl.load(weight + columns, mask=valid)
+        if valid is not None:
             w = tl.where(valid, w, 0.0)
     return w
 
@@ -147,7 +147,7 @@ def finish_span(
     x_max = tl.maximum(tl.max(m, 0), tl.max(edge_x, 0))
     # the lowest column with the maximum: in the edges, or in the first group that has it, which is read again
     winner = tl.min(tl.where(m == x_max, head + best + slots, V), 0) + tl.arange(0, VEC)
-    winner_x = tl.load(row + winner, mask=(winner >= head) & (winner < head + body), other=float("nan")).to(tl.float32)
+    winner_x = tl.load(row + winner, mask=(winner >= head + first) & (winner < head + last), other=float("nan")).to(tl.float32)
     argmax = tl.min(tl.where(winner_x == x_max, winner, V), 0)
     argmax = tl.minimum(argmax, tl.min(tl.where(edge_valid & (edge_x == x_max), edge_columns, V), 0))
 
@@ -241,6 +241,7 @@ def write_edges(
     columns, valid = edges(head, body, V, 1, VEC)
     x = tl.load(row + columns, mask=valid, other=0.0).to(tl.float32)
     w = load_weight(weight, columns, valid, SMOOTH)
+    tl.debug_barrier()  # in place: the vector is so short that several threads load each element, and one stores it
     write_tile(out + columns, x, w, valid, scales, logit_scale, softcap, "", TRANSFORM, SMOOTH)
 
 
