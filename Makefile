@@ -15,7 +15,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(if $(GPU),,-c constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint audit asan instructions bench wheel clean
+.PHONY: help demo test lint audit asan instructions bench characterize wheel clean
 
 help: ## these lines
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -65,6 +65,9 @@ asan: $(READY) ## tests of the native library under the sanitizers of addresses 
 
 bench: $(READY) ## the tables of speed (BENCH="--help")
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+characterize: $(READY) ## measured against promised error of this sketch and others (CHARACTERIZE="--help")
+	$(BIN)/python -m benchmarks.characterize $(CHARACTERIZE)
 
 wheel: $(READY) ## a wheel in build/dist: py3-none-<platform>, or py3-none-any without a compiler
 	$(BIN)/python -m pip wheel -q --no-deps -w build/dist .
