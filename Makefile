@@ -63,6 +63,9 @@ asan: $(READY) ## tests of the native library under the sanitizers of addresses 
 	! build/overflow overflow float32 1000 1 2> build/overflow.txt
 	grep -m 1 "ERROR: AddressSanitizer" build/overflow.txt
 
+instructions: $(READY) ## instructions per element of the row kernels, under callgrind
+	$(BIN)/python tests/native/instructions.py
+
 bench: $(READY) ## the tables of speed (BENCH="--help")
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
