@@ -33,14 +33,14 @@ XENTILE_INLINE int64_t exact_sum(VecD v) {
   return (int64_t)sum;
 }
 
-// The limbs of values in [2**-24, 2**8): partial sums of kCountBlock of them are integers below 2**53, hence exact.
+// The limbs of values in [2**-24, 2**8), which are multiples of 2**-48: partial sums of kCountBlock of them are exact in double.
 void add_sums(const float* x, Totals* totals) {
-  VecD sum_hi = {}, sum_lo = {}, square_hi = {}, square_mid = {}, square_lo = {};
+  VecD sum_hi = {}, fractions = {}, square_hi = {}, square_mid = {}, square_lo = {};
   for (int j = 0; j < kCountBlock; j += kDoubles) {
     const VecD value = __builtin_convertvector(*reinterpret_cast<const HalfF*>(x + j), VecD);
     const VecD scaled = value * 0x1p20, hi = floor(scaled);
     sum_hi += hi;
-    sum_lo += nearest((scaled - hi) * 0x1p28);
+    fractions += scaled - hi;
     const VecD square = value * value, top = floor(square * 0x1p-8);
     const VecD rest = (square - top * 0x1p8) * 0x1p20, mid = floor(rest);
     square_hi += top;
@@ -48,7 +48,7 @@ void add_sums(const float* x, Totals* totals) {
     square_lo += nearest((rest - mid) * 0x1p28);
   }
   totals->sum_hi += exact_sum(sum_hi);
-  totals->sum_lo += exact_sum(sum_lo);
+  totals->sum_lo += exact_sum(fractions * 0x1p28);
   totals->square_hi += exact_sum(square_hi);
   totals->square_mid += exact_sum(square_mid);
   totals->square_lo += exact_sum(square_lo);

@@ -25,7 +25,7 @@ constexpr int kLanes = 4;
 typedef float VecF __attribute__((vector_size(4 * kLanes), may_alias));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes), may_alias));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes), may_alias));
-typedef float LooseF __attribute__((vector_size(4 * kLanes), may_alias, aligned(4)));      // at any element
+typedef float LooseF __attribute__((vector_size(4 * kLanes), may_alias, aligned(2)));  // at any element of any format
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes), may_alias));
 typedef uint16_t LooseH __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
 

@@ -79,6 +79,11 @@ inline double floor_of(double x) {  // without a call of the C library, for |x| 
   return truncated - (truncated > x);
 }
 
+// Integers wrap around, as those of torch do: sums that leave 64 bits are no reason for undefined behaviour.
+inline void accumulate(int64_t& sum, int64_t x) {
+  sum = static_cast<int64_t>(static_cast<uint64_t>(sum) + static_cast<uint64_t>(x));
+}
+
 // Adds a value, neither NaN nor -inf, with its weight (1 if there are none). For weight 1 all arithmetic is exact but the last
 // rounding of each sum.
 inline void add(Totals& totals, float value, double weight) {
@@ -88,13 +93,13 @@ inline void add(Totals& totals, float value, double weight) {
   if (value == INFINITY) return;
   const double x = value > kLimit ? kLimit : value < -kLimit ? -kLimit : value;
   const double sum = x * weight * 0x1p20, hi = floor_of(sum);
-  totals.sum_hi += static_cast<int64_t>(hi);
-  totals.sum_lo += std::llrint((sum - hi) * 0x1p28);
+  accumulate(totals.sum_hi, static_cast<int64_t>(hi));
+  accumulate(totals.sum_lo, std::llrint((sum - hi) * 0x1p28));
   const double square = std::fmin(x * x * weight, kLimit * kLimit), top = floor_of(square * 0x1p-8);
   const double rest = (square - top * 0x1p8) * 0x1p20, mid = floor_of(rest);
-  totals.square_hi += static_cast<int64_t>(top);
-  totals.square_mid += static_cast<int64_t>(mid);
-  totals.square_lo += std::llrint((rest - mid) * 0x1p28);
+  accumulate(totals.square_hi, static_cast<int64_t>(top));
+  accumulate(totals.square_mid, static_cast<int64_t>(mid));
+  accumulate(totals.square_lo, std::llrint((rest - mid) * 0x1p28));
 }
 
 // What a value of this weight adds to its bin, in multiples of 1 / unit.
