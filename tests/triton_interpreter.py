@@ -1,7 +1,8 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, with tiles so small that short rows cross many.
 
-test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1: the choice is made when kernels are imported.
-What the interpreter cannot show (bfloat16, contraction, alignment, races) the PTX interpreter in tests/ptx does.
+test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1: the choice is made when kernels are
+imported. What the interpreter cannot show (bfloat16, contraction, alignment, races) the PTX interpreter in tests/ptx
+does.
 """
 
 from __future__ import annotations

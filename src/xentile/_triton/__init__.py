@@ -1,1 +1,3 @@
-"""Triton kernels for CUDA and ROCm. Importing this package imports nothing: the modules import Triton when an operator runs."""
+"""Triton kernels for CUDA and ROCm. Importing this package imports nothing: the modules import Triton when an
+operator runs.
+"""

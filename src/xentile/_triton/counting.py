@@ -1,4 +1,6 @@
-"""The loss sketch as device functions: the column of a value, counting one, and adding up a tile. Layout: xentile/_layout.py."""
+"""The loss sketch as device functions: the column of a value, counting one, and adding up a tile. Layout:
+xentile/_layout.py.
+"""
 
 import triton
 import triton.language as tl
@@ -94,7 +96,8 @@ def raise_to(sketch_ptr, group, column: tl.constexpr, key, mask, BITS: tl.conste
 def add_moments(sketch_ptr, group, value, amount, unit, mask, BITS: tl.constexpr, GROUPED: tl.constexpr):
     """Everything about the values of a tile but their bins: the limbs of their sums, and the extremes.
 
-    A value weighs amount / unit. The limbs are integers: the result does not depend on the order of programs and atomics.
+    A value weighs amount / unit. The limbs are integers: the result does not depend on the order of programs and
+    atomics.
     """
     seen = mask & (amount > 0) & (value == value) & (value != float("-inf"))
     finite = seen & (value != float("inf"))

@@ -1,7 +1,7 @@
 """Launchers of the operators `cross_entropy`, `cross_entropy_backward` and `scale_`, with their schemas' signatures.
 
-A forward is a handful of launches on the current stream, without a synchronisation: `prepare` (only if the gradient needs a
-divisor or the sum of the class weights), the rows, and `finish` (the loss, and the sums of the sketch).
+A forward is a handful of launches on the current stream, without a synchronisation: `prepare` (only if the gradient
+needs a divisor or the sum of the class weights), the rows, and `finish` (the loss, and the sums of the sketch).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xentile import _layout as layout
 from xentile._triton import finish, launch
-from xentile._triton.forward import combine_kernel, gradient_kernel, row_kernel, split_kernel
+from xentile._triton.backward import gradient_kernel
+from xentile._triton.forward import combine_kernel, row_kernel, split_kernel
 from xentile._triton.scale import scale_kernel
 
 PARTIALS = 8
@@ -123,7 +124,13 @@ def cross_entropy_backward(
     arguments = _inputs(logits, target, weight, token_weight, denominator, ignore_index, zero_if_empty=False)
     arguments |= _options(label_smoothing, z_loss, softcap, logit_scale)
     arguments |= _gradient_arguments(dloss, dlogits, _aligned_alike(logits, dlogits), filled)
-    arguments |= {"N": n, "normalizer_ptr": denominator, "token_loss_ptr": token_loss, "max_ptr": row_max, "sum_ptr": sum_exp}
+    arguments |= {
+        "N": n,
+        "normalizer_ptr": denominator,
+        "token_loss_ptr": token_loss,
+        "max_ptr": row_max,
+        "sum_ptr": sum_exp,
+    }
     with launch.guard(logits):
         _prepare(arguments, False, device)
         if n > 0:
@@ -131,7 +138,7 @@ def cross_entropy_backward(
 
 
 def scale_(x: Tensor, scale: Tensor) -> None:
-    """x *= scale; the device decides whether there is anything to do."""
+    """X *= scale; the device decides whether there is anything to do."""
     device = launch.device_of(x)
     arguments = {"x_ptr": x, "scale_ptr": scale, "n": x.numel(), "BLOCK": 4096, "TILES": 4}
     programs = triton.cdiv(x.numel(), 4096 * 4)
@@ -197,7 +204,10 @@ def _prepare(arguments: dict[str, Any], divisor: bool, device: launch.Device) ->
     if not arguments["SMOOTH"]:
         arguments["weight_sum_ptr"] = None
     if divisor or arguments["weight_sum_ptr"] is not None:
-        wanted = arguments | {"denominator_ptr": arguments["denominator_ptr"] if divisor else None, "BLOCK": finish.BLOCK}
+        wanted = arguments | {
+            "denominator_ptr": arguments["denominator_ptr"] if divisor else None,
+            "BLOCK": finish.BLOCK,
+        }
         launch.run(finish.prepare_kernel, (1,), wanted, finish.THREADS, device)
 
 

@@ -3,11 +3,13 @@
 import triton
 import triton.language as tl
 
-from xentile._triton.forward import UNSPECIALIZED, read_divisor, read_target
 from xentile._triton.counting import BAD_GROUP, IGNORED, OUT_OF_RANGE, add, add_moments, read_group
+from xentile._triton.epilogue import UNSPECIALIZED, read_divisor, read_target
 
 BLOCK = 4096
-"""Tokens a tile. Fixed, because it decides the order of the sums over rows: the loss has the same bits on every device."""
+"""Tokens a tile. Fixed, because it decides the order of the sums over rows: the loss has the same bits on every
+device.
+"""
 THREADS = 256
 
 
@@ -30,10 +32,12 @@ def sum_weights(target_ptr, weight_ptr, token_weight_ptr, N, V, ignore_index, BL
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
-    target_ptr, weight_ptr, token_weight_ptr, denominator_ptr, weight_sum_ptr, N, V, ignore_index: tl.int64, zero_if_empty,
-    BLOCK: tl.constexpr,
+    target_ptr, weight_ptr, token_weight_ptr, denominator_ptr, weight_sum_ptr,
+    N, V, ignore_index: tl.int64, zero_if_empty, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the gradient needs before the first row is read: the divisor of the mean, and the sum of the class weights."""
+    """What the gradient needs before the first row is read: the divisor of the mean, and the sum of the class
+    weights.
+    """
     if denominator_ptr is not None:
         divisor = sum_weights(target_ptr, weight_ptr, token_weight_ptr, N, V, ignore_index, BLOCK).to(tl.float32)
         tl.store(denominator_ptr, tl.where((zero_if_empty != 0) & (divisor == 0.0), float("inf"), divisor))
@@ -47,10 +51,10 @@ def prepare_kernel(
 
 @triton.jit
 def write_loss(
-    target_ptr, weight_ptr, token_weight_ptr, normalizer_ptr, row_loss_ptr, loss_ptr, denominator_ptr, N, V, ignore_index,
-    zero_if_empty, MEAN: tl.constexpr, PREPARED: tl.constexpr, BLOCK: tl.constexpr,
+    target_ptr, weight_ptr, token_weight_ptr, normalizer_ptr, row_loss_ptr, loss_ptr, denominator_ptr,
+    N, V, ignore_index, zero_if_empty, MEAN: tl.constexpr, PREPARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss and denominator of the reductions mean and sum. PREPARED: the denominator is there already."""
+    """Loss and denominator of the reductions mean and sum. PREPARED: the denominator is there already."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, N, BLOCK):
         row = first + tl.arange(0, BLOCK)
@@ -63,7 +67,8 @@ def write_loss(
             if normalizer_ptr is not None:
                 divisor = read_divisor(normalizer_ptr, zero_if_empty)
             else:
-                divisor = sum_weights(target_ptr, weight_ptr, token_weight_ptr, N, V, ignore_index, BLOCK).to(tl.float32)
+                total = sum_weights(target_ptr, weight_ptr, token_weight_ptr, N, V, ignore_index, BLOCK)
+                divisor = total.to(tl.float32)
                 divisor = tl.where((zero_if_empty != 0) & (divisor == 0.0), float("inf"), divisor)
             tl.store(denominator_ptr, divisor)
         loss = loss / divisor.to(tl.float64)
@@ -72,8 +77,9 @@ def write_loss(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_kernel(
-    target_ptr, weight_ptr, token_weight_ptr, normalizer_ptr, group_ptr, row_loss_ptr, token_loss_ptr, loss_ptr, denominator_ptr,
-    sketch_ptr, N, V, groups, ignore_index: tl.int64, zero_if_empty,
+    target_ptr, weight_ptr, token_weight_ptr, normalizer_ptr, group_ptr,
+    row_loss_ptr, token_loss_ptr, loss_ptr, denominator_ptr, sketch_ptr,
+    N, V, groups, ignore_index: tl.int64, zero_if_empty,
     REDUCTION: tl.constexpr, PREPARED: tl.constexpr, GROUPED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program 0 sums the loss, alone and in a fixed order; each program adds BLOCK tokens to the sketch.

@@ -1,14 +1,17 @@
-"""The forward kernels for long rows: one program a row, or a few rows split over many programs.
-
-Names: N rows, V columns; `x_ptr` (N, V) logits with row stride `x_stride`; vectors are (N,) unless said otherwise. A pointer that is
-None switches its feature off at compile time. Nothing is specialised on a scalar that may change from step to step.
-"""
+"""The forward kernels: one program a row, or a few long rows split over many programs."""
 
 import triton
 import triton.language as tl
 
-from xentile._triton.row import HUGE, INFINITY, LN2, LOG2E, coefficients, row_terms, slope, transform
-from xentile._triton.counting import count_value
+from xentile._triton.epilogue import (
+    UNSPECIALIZED,
+    read_divisor,
+    read_logit,
+    read_target,
+    read_weights,
+    write_row,
+)
+from xentile._triton.row import HUGE, LOG2E, coefficients, slope, transform
 from xentile._triton.span import (
     cut,
     empty_state,
@@ -17,6 +20,7 @@ from xentile._triton.span import (
     gradient_span,
     groups_before,
     load_weight,
+    part_of,
     reduce_span,
     target_tile_of,
     tile,
@@ -26,108 +30,12 @@ from xentile._triton.span import (
     zero_span,
 )
 
-UNSPECIALIZED = [
-    *("N", "V", "x_stride", "dx_stride", "groups", "ignore_index", "zero_if_empty", "splits", "dloss_stride"),
-    *("x_ptr", "dx_ptr"),
-]
-"""Arguments whose values choose no variant. For integers, one for 1 and one for multiples of 16 would be compiled for nothing. `cut`
-finds the alignment of rows at run time; and told that a tensor is small, the AMD backend would load it without `multiple_of`."""
-
-
-@triton.jit
-def read_target(target_ptr, row, mask, ignore_index, V):
-    """(t, valid, in_range): t int32, 0 where it is no column."""
-    t = tl.load(target_ptr + row, mask=mask, other=0).to(tl.int64)
-    valid = t != ignore_index
-    in_range = valid & (t >= 0) & (t < V)
-    return tl.where(in_range, t, 0).to(tl.int32), valid, in_range
-
-
-@triton.jit
-def read_logit(x_ptr, in_range, logit_scale, softcap, TRANSFORM: tl.constexpr):
-    """(x_t, z_t) of the target, -inf where there is none."""
-    x_t = tl.load(x_ptr, mask=in_range, other=float("-inf")).to(tl.float32)
-    return x_t, tl.where(in_range, transform(x_t, logit_scale, softcap, TRANSFORM), -INFINITY)
-
-
-@triton.jit
-def read_weights(weight_ptr, weight_sum_ptr, token_weight_ptr, row, t, mask, V, SMOOTH: tl.constexpr):
-    """(w_t, sum of w, token weight), each 1, V or 1 when it was not given."""
-    w_t = 1.0
-    w_sum = V.to(tl.float32)
-    token_weight = 1.0
-    if weight_ptr is not None:
-        w_t = tl.load(weight_ptr + t, mask=mask, other=0.0)
-        if SMOOTH:
-            w_sum = tl.load(weight_sum_ptr)
-    if token_weight_ptr is not None:
-        token_weight = tl.load(token_weight_ptr + row, mask=mask, other=0.0)
-    return w_t, w_sum, token_weight
-
-
-@triton.jit
-def read_divisor(normalizer_ptr, zero_if_empty):
-    """What the mean divides by, 1 without a pointer; infinity makes 0 of an empty batch."""
-    divisor = 1.0
-    if normalizer_ptr is not None:
-        divisor = tl.load(normalizer_ptr)
-    return tl.where((zero_if_empty != 0) & (divisor == 0.0), INFINITY, divisor)
-
-
-@triton.jit
-def write_row(
-    row, mask, t, valid, in_range, z_t, reduction, weights, outputs, group_ptr, groups, V,
-    logit_scale, softcap, label_smoothing, z_loss, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of one row, or of a vector of rows: losses, statistics, and one count in the sketch.
-
-    reduction: what `reduce_span` returns. outputs: pointers. Returns (ce, m, S), what the gradient needs.
-    """
-    x_max, rest, gap, deficit, _, argmax, ahead = reduction
-    (
-        row_loss_ptr,
-        token_loss_ptr,
-        lse_ptr,
-        max_ptr,
-        sum_ptr,
-        predicted_ptr,
-        correct_ptr,
-        entropy_ptr,
-        rank_ptr,
-        sketch_ptr,
-    ) = outputs
-    w_t, w_sum, token_weight = weights
-    m = transform(x_max, logit_scale, softcap, TRANSFORM)
-    ce, log_s, total, entropy = row_terms(m, z_t, rest, gap)
-    lse = m + log_s
-    loss = (1.0 - label_smoothing) * w_t * ce
-    if SMOOTH:
-        loss += label_smoothing / V * (deficit * LN2 + w_sum * log_s)
-    loss += tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)  # 0 * inf where lse^2 overflows
-    loss *= token_weight
-    predicted = tl.where(argmax < V, argmax, 0)  # a row of NaN has no maximum
-    nothing = tl.where(valid, float("nan"), 0.0)
-
-    tl.store(row_loss_ptr + row, tl.where(in_range, loss, nothing), mask=mask)
-    tl.store(token_loss_ptr + row, tl.where(in_range, ce, nothing), mask=mask)
-    tl.store(lse_ptr + row, tl.where(valid, lse, 0.0), mask=mask)
-    tl.store(max_ptr + row, tl.where(valid, m, 0.0), mask=mask)
-    tl.store(sum_ptr + row, tl.where(valid, total, 0.0), mask=mask)
-    tl.store(predicted_ptr + row, tl.where(in_range, predicted, tl.where(valid, -2, -1)).to(tl.int64), mask=mask)
-    tl.store(correct_ptr + row, in_range & (predicted == t), mask=mask)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, tl.where(valid, entropy, 0.0), mask=mask)
-    if rank_ptr is not None:
-        tl.store(rank_ptr + row, tl.where(in_range, ahead, -1).to(tl.int64), mask=mask)
-    if sketch_ptr is not None:
-        count_value(sketch_ptr, group_ptr, groups, row, ce, mask & in_range, BITS)
-    return ce, m, total
-
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_kernel(
     x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, normalizer_ptr, group_ptr,
-    row_loss_ptr, token_loss_ptr, lse_ptr, max_ptr, sum_ptr, predicted_ptr, correct_ptr, entropy_ptr, rank_ptr, sketch_ptr, dx_ptr,
+    row_loss_ptr, token_loss_ptr, lse_ptr, max_ptr, sum_ptr, predicted_ptr, correct_ptr, entropy_ptr, rank_ptr,
+    sketch_ptr, dx_ptr,
     V, x_stride: tl.int64, dx_stride: tl.int64, groups, ignore_index: tl.int64, zero_if_empty,
     label_smoothing, z_loss, softcap, logit_scale,
     BLOCK: tl.constexpr, RESIDENT: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
@@ -135,8 +43,8 @@ def row_kernel(
 ):  # fmt: skip
     """One program a row: reduce, epilogue and, with dx_ptr, the gradient.
 
-    RESIDENT: the row fits in one tile, which stays in registers for the gradient (that needs TOGETHER). Otherwise the row is
-    streamed, and its second read is meant to come from the L2 cache.
+    RESIDENT: the row fits in one tile, which stays in registers for the gradient (that needs TOGETHER). Otherwise the
+    row is streamed, and its second read is meant to come from the L2 cache.
     """
     VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     ENTROPY: tl.constexpr = entropy_ptr is not None
@@ -204,70 +112,6 @@ def row_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def gradient_kernel(
-    dloss_ptr, x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, normalizer_ptr,
-    token_loss_ptr, max_ptr, sum_ptr, dx_ptr,
-    N, V, x_stride: tl.int64, dx_stride: tl.int64, dloss_stride, ignore_index: tl.int64, zero_if_empty, splits,
-    label_smoothing, z_loss, softcap, logit_scale,
-    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, FILLED: tl.constexpr,
-):  # fmt: skip
-    """The gradient from what the forward saved. The N * splits parts of rows are dealt out to the programs in turn.
-
-    dloss_ptr: the gradient of the loss, read at row * dloss_stride; None means 1.
-    FILLED: dx holds the gradient for a loss gradient of 1 already, so that nothing is to be done if it is 1.
-    """
-    items = N.to(tl.int64) * splits
-    if FILLED:
-        items = tl.where(tl.load(dloss_ptr) == 1.0, 0, items)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        # The rows that the forward read last come first: they are in the cache.
-        row = N - 1 - item // splits
-        write_part(
-            row, (item % splits).to(tl.int32), dloss_ptr, x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr,
-            normalizer_ptr, token_loss_ptr, max_ptr, sum_ptr, dx_ptr, V, x_stride, dx_stride, dloss_stride, ignore_index,
-            zero_if_empty, splits, label_smoothing, z_loss, softcap, logit_scale, BLOCK, TOGETHER, TRANSFORM, SMOOTH,
-        )  # fmt: skip
-
-
-@triton.jit
-def write_part(
-    row, part, dloss_ptr, x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, normalizer_ptr,
-    token_loss_ptr, max_ptr, sum_ptr, dx_ptr, V, x_stride, dx_stride, dloss_stride, ignore_index,
-    zero_if_empty, splits, label_smoothing, z_loss, softcap, logit_scale,
-    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """Part `part` of `splits` of a gradient row; see `gradient_kernel`."""
-    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    t, valid, in_range = read_target(target_ptr, row, row >= 0, ignore_index, V)
-    x_row = x_ptr + row * x_stride
-    dx_row = dx_ptr + row * dx_stride
-    head, body = cut(dx_row, V, VEC)
-    first, last = part_of(body, part, splits, BLOCK)
-    if in_range:
-        x_t, z_t = read_logit(x_row + t, in_range, logit_scale, softcap, TRANSFORM)
-        weights = read_weights(weight_ptr, weight_sum_ptr, token_weight_ptr, row, t, in_range, V, SMOOTH)
-        dloss = 1.0
-        if dloss_ptr is not None:
-            dloss = tl.load(dloss_ptr + row * dloss_stride)
-        g = tl.div_rn(dloss, read_divisor(normalizer_ptr, zero_if_empty))
-        scales, at_target = coefficients(
-            g, weights, slope(z_t, logit_scale, softcap, TRANSFORM), tl.load(token_loss_ptr + row),
-            tl.load(max_ptr + row), tl.load(sum_ptr + row), V, label_smoothing, z_loss, logit_scale, SMOOTH,
-        )  # fmt: skip
-        tl.debug_barrier()  # in place: all threads must have read the target's logit
-        gradient_span(
-            x_row, dx_row, weight_ptr, first, last, head, scales, logit_scale, softcap,
-            BLOCK, VEC, TOGETHER, TRANSFORM, SMOOTH,
-        )  # fmt: skip
-        if part == 0:
-            write_edges(x_row, dx_row, weight_ptr, head, body, V, scales, logit_scale, softcap, VEC, TRANSFORM, SMOOTH)
-        in_edges = (t < head) | (t >= head + body)
-        write_target(dx_row, t, at_target, tl.where(in_edges, part == 0, (t >= head + first) & (t < head + last)))
-    else:
-        zero_span(dx_row, first, last, (part == 0).to(tl.int32), head, body, V, BLOCK, VEC)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
 def split_kernel(
     x_ptr, target_ptr, weight_ptr, partial_ptr,
     V, x_stride: tl.int64, ignore_index: tl.int64, splits, softcap, logit_scale,
@@ -298,17 +142,11 @@ def split_kernel(
         tl.store(partial + 6, ahead.to(tl.float32, bitcast=True))
 
 
-@triton.jit
-def part_of(body, part, splits, BLOCK: tl.constexpr):
-    """[first, last) of a part of the body, in whole tiles but for the last one."""
-    size = tl.cdiv(tl.cdiv(body, BLOCK), splits) * BLOCK
-    return tl.minimum(part * size, body), tl.minimum(part * size + size, body)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def combine_kernel(
     x_ptr, target_ptr, weight_ptr, weight_sum_ptr, token_weight_ptr, group_ptr, partial_ptr,
-    row_loss_ptr, token_loss_ptr, lse_ptr, max_ptr, sum_ptr, predicted_ptr, correct_ptr, entropy_ptr, rank_ptr, sketch_ptr,
+    row_loss_ptr, token_loss_ptr, lse_ptr, max_ptr, sum_ptr, predicted_ptr, correct_ptr, entropy_ptr, rank_ptr,
+    sketch_ptr,
     V, x_stride: tl.int64, groups, ignore_index: tl.int64, splits, label_smoothing, z_loss, softcap, logit_scale,
     PARTS: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -323,7 +161,8 @@ def combine_kernel(
     m = tl.load(partial, mask=here, other=float("-inf"))
     rest = tl.load(partial + 1, mask=here, other=0.0)
     x_max = tl.max(m, 0)
-    # The parts are relative to their exact maxima, so their distance is taken before the product with log2(e) is rounded.
+    # The parts are relative to their exact maxima, so their distance is taken before the product with log2(e) is
+    # rounded.
     top = tl.maximum(transform(x_max, logit_scale, softcap, TRANSFORM), -HUGE)
     step = (top - tl.maximum(transform(m, logit_scale, softcap, TRANSFORM), -HUGE)) * LOG2E
     rescale = tl.exp2(-step)

@@ -1,7 +1,8 @@
-"""How many programs of how many threads: pure functions of the shape, the dtype and the device, with the reasons beside the numbers.
+"""How many programs of how many threads: pure functions of the shape, the dtype and the device, with the reasons
+beside the numbers.
 
-Nothing is tuned at run time: a choice depends on nothing that is measured, so a launch is the same in every process and in every
-CUDA graph. The reasons are counts of bytes, registers and threads; no number here was found by timing.
+Nothing is tuned at run time: a choice depends on nothing that is measured, so a launch is the same in every process
+and in every CUDA graph. The reasons are counts of bytes, registers and threads; no number here was found by timing.
 """
 
 from __future__ import annotations
@@ -39,11 +40,17 @@ class Rows:
 
 
 # (processors, bytes of L2) of a well-known GPU of each architecture, where the real device can't be asked.
-_TYPICAL = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20), 120: (170, 96 << 20), "gfx942": (304, 4 << 20)}
+_TYPICAL = {
+    80: (108, 40 << 20),
+    90: (132, 50 << 20),
+    100: (148, 126 << 20),
+    120: (170, 96 << 20),
+    "gfx942": (304, 4 << 20),
+}
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The device of a tensor; for a CPU tensor (interpreter, compile-only) the one that Triton believes to be active."""
+    """The device of a tensor; for one on the CPU (interpreter, compile-only) what Triton believes to be active."""
     if tensor.is_cuda:
         return _cuda_device(tensor.device.index)
     if triton.knobs.runtime.interpret:
@@ -82,9 +89,10 @@ def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, smoot
     """
     width = _width(v, itemsize, device)
     if width <= 8192 and (together or not gradient):
-        # Short rows stay in registers, so that nothing is read twice. Up to 256 threads a row: with more, the registers of a
-        # processor hold a single row, and its memory accesses pause while that one is summed up. Without a gradient a thread
-        # has room for 128 bytes of logits, over which the fixed work of a row (400 instructions) is spread.
+        # Short rows stay in registers, so that nothing is read twice. Up to 256 threads a row: with more, the
+        # registers of a processor hold a single row, and its memory accesses pause while that one is summed up.
+        # Without a gradient a thread has room for 128 bytes of logits, over which the fixed work of a row (400
+        # instructions) is spread.
         share = 32 if gradient else 128 // itemsize
         return Rows(width, max(device.warp_size, width // share), resident=True)
 
@@ -94,9 +102,10 @@ def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, smoot
         return Rows(128 * share, 128, splits)
     threads = 128
     if gradient:
-        # The second read should find the row in the L2 cache, where it shares the room with the gradient on its way out. On
-        # average half of each row is still to be read again; so as many rows at once as make up 3/5 of the cache. A
-        # processor holds 1024 threads of 64 registers, hence 1024 threads a row if there is room for one row only.
+        # The second read should find the row in the L2 cache, where it shares the room with the gradient on its way
+        # out. On average half of each row is still to be read again; so as many rows at once as make up 3/5 of the
+        # cache. A processor holds 1024 threads of 64 registers, hence 1024 threads a row if there is room for one row
+        # only.
         rows = int(0.6 * device.l2_bytes) // (v * itemsize * device.processors)
         threads = {0: 1024, 1: 1024, 2: 512, 3: 512}.get(rows, 256)
         if smooth:

@@ -1,10 +1,12 @@
 """The mathematics of one row as device functions, without pointers; each works on scalars and on tensors.
 
-Products and sums are rounded as written: launches switch the contraction of a * b + c off, and `tl.fma` says where one is meant.
-So the fused and the separate gradient agree bit for bit, and no contraction gets at differences of large numbers.
+Products and sums are rounded as written: launches switch the contraction of a * b + c off, and `tl.fma` says where
+one is meant. So the fused and the separate gradient agree bit for bit, and no contraction gets at differences of
+large numbers.
 
-exp(z - reference) is exp2(fma(z, log2(e), -b)), one instruction before the exponential. The reference b is *defined* as the
-rounded product of the maximum and log2(e), so its rounding costs no accuracy: `residue` accounts for it, once a row.
+exp(z - reference) is exp2(fma(z, log2(e), -b)), one instruction before the exponential. The reference b is *defined*
+as the rounded product of the maximum and log2(e), so its rounding costs no accuracy: `residue` accounts for it, once
+a row.
 """
 
 import triton
@@ -48,7 +50,7 @@ def tanh(x):
 
 @triton.jit
 def transform(x, logit_scale, softcap, TRANSFORM: tl.constexpr):
-    """z of a logit x."""
+    """Z of a logit x."""
     if TRANSFORM == "softcap":
         x = tanh(x * (logit_scale / softcap)) * softcap
     elif TRANSFORM == "scale":
@@ -71,14 +73,15 @@ def reference_of(m):
 
 @triton.jit
 def residue(m, b):
-    """b - m * log2(e) without rounding the product, for b = reference_of(m); 0 where m is not finite."""
+    """B - m * log2(e) without rounding the product, for b = reference_of(m); 0 where m is not finite."""
     return tl.where(tl.abs(m) < HUGE, tl.fma(-m, LOG2E, b), 0.0)
 
 
 @triton.jit
 def row_terms(m, z_t, rest, gap):
-    """(CE, log S, S, entropy) of a row from its maximum m, its target's z_t (-inf if there is none), and the sums over j != t
-    rest = sum e_j and gap = sum e_j * (m - z_j) / ln 2, e_j = exp(z_j - m). NaN where m is not finite, as in PyTorch.
+    """(CE, log S, S, entropy) of a row from its maximum m, its target's z_t (-inf if there is none), and the sums
+    over j != t rest = sum e_j and gap = sum e_j * (m - z_j) / ln 2, e_j = exp(z_j - m). NaN where m is not finite, as
+    in PyTorch.
     """
     below = m - z_t
     e_t = tl.where(below < INFINITY, exp(-below), 0.0)
@@ -93,9 +96,7 @@ def row_terms(m, z_t, rest, gap):
 
 
 @triton.jit
-def coefficients(
-    g, weights, slope_t, ce, m, total, V, label_smoothing, z_loss, logit_scale, SMOOTH: tl.constexpr
-):
+def coefficients(g, weights, slope_t, ce, m, total, V, label_smoothing, z_loss, logit_scale, SMOOTH: tl.constexpr):
     """((b, a, k), at_target): dx_j = (a * exp2(fma(z_j, log2(e), -b)) - k * w_j) * slope_j, and dx_t = at_target.
 
     g: dloss / denominator. weights: (w_t, sum of w, token weight). 1 - p_t comes from CE, not from S - exp(z_t - m).
@@ -119,7 +120,7 @@ def coefficients(
 
 @triton.jit
 def gradient(z, w, b, a, k, slope_z, SMOOTH: tl.constexpr):
-    """dx at a column other than the target; see `coefficients`."""
+    """Dx at a column other than the target; see `coefficients`."""
     dx = tl.exp2(tl.fma(z, LOG2E, -b)) * a
     if SMOOTH:
         dx -= k * w

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from xentile import _layout as layout
 from xentile._triton import launch
@@ -30,10 +31,15 @@ from xentile._triton.counting import (
     width_of,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HEAVIEST = tl.constexpr(2.0**40)  # more of a weight, in units, is not counted: 2^23 such values fit in an int64
 TILE = 4096
 PRIVATE_FROM = 1 << 18
-"""Values from which on programs count in shared memory first. Below, their own histograms would have more bins than values."""
+"""Values from which on programs count in shared memory first. Below, their own histograms would have more bins than
+values.
+"""
 
 
 @triton.jit
@@ -54,8 +60,8 @@ def update_kernel(
 ):  # fmt: skip
     """Add values (n,) where mask (n,) holds; each program takes every num_programs-th tile.
 
-    PRIVATE: bins are counted in a histogram of the program's own, which is added to the sketch once, at the end. Many equal
-    values, such as the losses of tokens that the model is sure of, would otherwise queue at one address.
+    PRIVATE: bins are counted in a histogram of the program's own, which is added to the sketch once, at the end. Many
+    equal values, such as the losses of tokens that the model is sure of, would otherwise queue at one address.
     """
     histogram = tl.zeros([COLUMNS], tl.int32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -86,7 +92,9 @@ def update_kernel(
 def sketch_update(
     values: Tensor, mask: Tensor | None, weights: Tensor | None, group_ids: Tensor | None, sketch: Tensor, unit: int
 ) -> None:
-    """Add values (N,) float32 to the sketch where mask (N,) holds; each counts `unit`, or its weight (N,) in that unit."""
+    """Add values (N,) float32 to the sketch where mask (N,) holds; each counts `unit`, or its weight (N,) in that
+    unit.
+    """
     n, groups = values.numel(), sketch.shape[0]
     if n == 0:
         return
@@ -119,7 +127,8 @@ def clamp(x, low, high):
 
 @triton.jit
 def order_statistic(k, counts, below, zeros, regular, overflow, n, low, high, BITS: tl.constexpr):
-    """(estimate, lower, upper) of the value of rank k, float64. below: cumulative counts of the bins, each with its own.
+    """(estimate, lower, upper) of the value of rank k, float64. below: cumulative counts of the bins, each with its
+    own.
 
     The buckets in order: ZERO, the bins, OVERFLOW, INF. A bin's values are taken as spread evenly in rank.
     """
@@ -143,7 +152,9 @@ def order_statistic(k, counts, below, zeros, regular, overflow, n, low, high, BI
 
 
 @triton.jit
-def quantile_kernel(sketch_ptr, q_ptr, value_ptr, lower_ptr, upper_ptr, INTERPOLATION: tl.constexpr, BITS: tl.constexpr):
+def quantile_kernel(
+    sketch_ptr, q_ptr, value_ptr, lower_ptr, upper_ptr, INTERPOLATION: tl.constexpr, BITS: tl.constexpr
+):
     """Program (g, i): quantile q[i] of group g."""
     row = sketch_ptr + tl.program_id(0).to(tl.int64) * width_of(BITS)
     out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -183,7 +194,8 @@ def sketch_quantile(sketch: Tensor, q: Tensor, value: Tensor, lower: Tensor, upp
     grid = (sketch.shape[0], q.shape[0])
     if 0 in grid:
         return
-    arguments = {"sketch_ptr": sketch, "q_ptr": q, "value_ptr": value, "lower_ptr": lower, "upper_ptr": upper}
+    arguments: dict[str, Any] = {"sketch_ptr": sketch, "q_ptr": q}
+    arguments |= {"value_ptr": value, "lower_ptr": lower, "upper_ptr": upper}
     arguments["INTERPOLATION"] = layout.INTERPOLATIONS[interpolation]
     arguments["BITS"] = layout.Layout.of_width(sketch.shape[1]).mantissa_bits
     with launch.guard(sketch):

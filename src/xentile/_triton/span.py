@@ -1,13 +1,13 @@
 """Reducing a span of one row, and writing its gradient.
 
-A row starts at any element, so it is cut in three: `head` elements up to the next 16-byte boundary, the `body` of whole 16-byte
-groups, and the tail of less than a group. The body goes through vector loads in tiles [BLOCK // VEC, VEC], where a thread owns
-the VEC logits of a group; the two edges are one small vector of 2 * VEC elements. Nothing is read outside the row, and nothing
-in the compiled code depends on V or the strides.
+A row starts at any element, so it is cut in three: `head` elements up to the next 16-byte boundary, the `body` of
+whole 16-byte groups, and the tail of less than a group. The body goes through vector loads in tiles [BLOCK // VEC,
+VEC], where a thread owns the VEC logits of a group; the two edges are one small vector of 2 * VEC elements. Nothing
+is read outside the row, and nothing in the compiled code depends on V or the strides.
 
-The target must not be in the sum. Testing every column for it would cost two instructions a logit; instead its whole group is
-left out of the tiles and added, without the target, at the end. Likewise the gradient is written everywhere by one formula, and
-over the target's after a barrier.
+The target must not be in the sum. Testing every column for it would cost two instructions a logit; instead its whole
+group is left out of the tiles and added, without the target, at the end. Likewise the gradient is written everywhere
+by one formula, and over the target's after a barrier.
 """
 
 import triton
@@ -32,16 +32,27 @@ def tile(BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def groups_before(first, last, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """Mask [BLOCK // VEC, 1] of a tile at `first`: one bit for a whole group, so that the masked access is a vector too."""
+    """Mask [BLOCK // VEC, 1] of a tile at `first`: one bit for a whole group, so that the masked access is a vector
+    too.
+    """
     return (first + tl.arange(0, BLOCK // VEC) * VEC < last)[:, None]
 
 
 @triton.jit
 def edges(head, body, V, wanted, VEC: tl.constexpr):
-    """(columns, valid) of the head and the tail, [2 * VEC]; wanted is 1, or 0 for a program that leaves them to another one."""
+    """(columns, valid) of the head and the tail, [2 * VEC]; wanted is 1, or 0 for a program that leaves them to
+    another one.
+    """
     i = tl.arange(0, 2 * VEC)
     columns = tl.where(i < VEC, i, head + body + i - VEC)
     return columns, tl.where(i < VEC, i < head * wanted, columns < V * wanted)
+
+
+@triton.jit
+def part_of(body, part, splits, BLOCK: tl.constexpr):
+    """[first, last) of a part of the body, in whole tiles but for the last one."""
+    size = tl.cdiv(tl.cdiv(body, BLOCK), splits) * BLOCK
+    return tl.minimum(part * size, body), tl.minimum(part * size + size, body)
 
 
 @triton.jit
@@ -70,7 +81,7 @@ def fold(
     state, x, w, valid, k, target_tile, x_t, logit_scale, softcap,
     TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """The tile x [G, VEC] at k of the body into the state of its G slots:
+    """Add the tile x [G, VEC] at k of the body to the state of its G slots.
 
     m         maximum of x, and `best`, the k of the tile that brought it
     b, rest   the reference, and the sum of e_j = exp2(z_j * log2(e) - b)
@@ -78,8 +89,8 @@ def fold(
     deficit   the sum of w_j * (b - z_j * log2(e)), and `seen`, the sum of w_j      (for label smoothing)
     ahead     how many columns rank before the target
 
-    rest, gap and ahead leave the target's group out: where k is target_tile [G]. `valid` is a mask [G, 1], or None. The maximum
-    of a group is taken first, so that the running sum is rescaled once for VEC logits.
+    rest, gap and ahead leave the target's group out: where k is target_tile [G]. `valid` is a mask [G, 1], or None.
+    The maximum of a group is taken first, so that the running sum is rescaled once for VEC logits.
     """
     m, best, b, rest, gap, deficit, seen, ahead = state
     group_max = tl.max(x, 1)
@@ -99,9 +110,8 @@ def fold(
         if valid is not None:
             before &= valid
         ahead += tl.where(counts, tl.sum(before.to(tl.int32), 1), 0)
-    if valid is not None:
-        if TRANSFORM == "softcap":  # which makes -softcap of the -inf in invalid columns
-            arg = tl.where(valid, arg, float("-inf"))
+    if valid is not None and TRANSFORM == "softcap":  # which makes -softcap of the -inf in invalid columns
+        arg = tl.where(valid, arg, float("-inf"))
     e = tl.exp2(arg)
     rescale = tl.exp2(b - b_new)
     if ENTROPY:
@@ -113,7 +123,17 @@ def fold(
 
 @triton.jit
 def few(
-    x, columns, valid, t, x_t, b, logit_scale, softcap, TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr
+    x,
+    columns,
+    valid,
+    t,
+    x_t,
+    b,
+    logit_scale,
+    softcap,
+    TRANSFORM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     """(rest, gap, ahead) of a few logits x at `columns`, without the target, relative to b."""
     arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), LOG2E, -b)
@@ -134,7 +154,8 @@ def finish_span(
 ):  # fmt: skip
     """Join the slots, the edges and the target's group to (x_max, rest, gap, deficit, seen, argmax, ahead), scalars.
 
-    rest, gap and ahead are without the target; sums are relative to the maximum itself instead of its rounded reference.
+    rest, gap and ahead are without the target; sums are relative to the maximum itself instead of its rounded
+    reference.
     """
     m, best, b, rest, gap, deficit, seen, ahead = state
     edge_columns, edge_valid = edges(head, body, V, with_edges, VEC)
@@ -147,7 +168,9 @@ def finish_span(
     x_max = tl.maximum(tl.max(m, 0), tl.max(edge_x, 0))
     # the lowest column with the maximum: in the edges, or in the first group that has it, which is read again
     winner = tl.min(tl.where(m == x_max, head + best + slots, V), 0) + tl.arange(0, VEC)
-    winner_x = tl.load(row + winner, mask=(winner >= head + first) & (winner < head + last), other=float("nan")).to(tl.float32)
+    winner_x = tl.load(row + winner, mask=(winner >= head + first) & (winner < head + last), other=float("nan")).to(
+        tl.float32
+    )
     argmax = tl.min(tl.where(winner_x == x_max, winner, V), 0)
     argmax = tl.minimum(argmax, tl.min(tl.where(edge_valid & (edge_x == x_max), edge_columns, V), 0))
 
@@ -182,7 +205,9 @@ def finish_span(
 
 @triton.jit
 def target_tile_of(t, head, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """[BLOCK // VEC]: where in the body a tile would begin whose slot has the target's group; negative if t is before the body."""
+    """[BLOCK // VEC]: where in the body a tile would begin whose slot has the target's group; negative if t is before
+    the body.
+    """
     group = tl.where(t < head, -VEC, (t - head) // VEC * VEC)
     return group - tl.arange(0, BLOCK // VEC) * VEC
 
@@ -205,16 +230,12 @@ def reduce_span(
     for k in range(first, full, BLOCK):
         x = tl.load(start + k + offsets, eviction_policy=KEEP).to(tl.float32)
         w = load_weight(weight, head + k + offsets, None, SMOOTH)
-        state = fold(
-            state, x, w, None, k, target_tile, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK
-        )
+        state = fold(state, x, w, None, k, target_tile, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK)
     if full < last:
         valid = groups_before(full, last, BLOCK, VEC)
         x = tl.load(start + full + offsets, mask=valid, other=float("-inf"), eviction_policy=KEEP).to(tl.float32)
         w = load_weight(weight, head + full + offsets, valid, SMOOTH)
-        state = fold(
-            state, x, w, valid, full, target_tile, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK
-        )
+        state = fold(state, x, w, valid, full, target_tile, x_t, logit_scale, softcap, TRANSFORM, SMOOTH, ENTROPY, RANK)
     return finish_span(
         state, row, weight, first, last, with_edges, head, body, V, t, x_t, logit_scale, softcap,
         VEC, TRANSFORM, SMOOTH, ENTROPY, RANK,
@@ -257,9 +278,11 @@ def gradient_span(
     row, out, weight, first, last, head, scales, logit_scale, softcap,
     BLOCK: tl.constexpr, VEC: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Write columns [first, last) of the body of a gradient row to `out`, backwards: the last logits are still in the cache.
+    """Write columns [first, last) of the body of a gradient row to `out`, backwards: the last logits are still in the
+    cache.
 
-    `head` is that of `out`. TOGETHER says that the row of logits has the same alignment; if not, only the stores are vectors.
+    `head` is that of `out`. TOGETHER says that the row of logits has the same alignment; if not, only the stores are
+    vectors.
     """
     start = tl.multiple_of(row + head, 16) if TOGETHER else row + head
     out_start = tl.multiple_of(out + head, 16)
