@@ -32,8 +32,8 @@ def training(loss: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     """The mean loss, and the gradient that arrives at the model."""
     received: list[Tensor] = []
     parameter = torch.ones((), requires_grad=True, device=logits.device)
-    value = loss(_Model.apply(parameter, logits, received), target)  # type: ignore[no-untyped-call]
-    value.backward()  # type: ignore[no-untyped-call]
+    value = loss(_Model.apply(parameter, logits, received), target)
+    value.backward()
     return value.detach(), received[0]
 
 

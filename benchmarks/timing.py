@@ -40,11 +40,11 @@ class CudaClock:
         self.flush = torch.empty(2 * l2, dtype=torch.int8, device="cuda")
 
     def __call__(self, step: Step, i: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         self.flush.fill_(i % 100)
         # Cycles: about a millisecond, in which the host queues the whole step.
-        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(2_000_000)
         start.record()
         result = step(i)
         end.record()
