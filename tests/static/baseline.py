@@ -13,13 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import triton
+
 from .cases import CASES, compile_case
 from .measure import Cost, LoopCost, measure
 from .table import table
 from .targets import TARGETS
 
 PATH = Path(__file__).with_name("baseline.json")
-TOLERANCE = 1.05  # compilers differ by a few instructions from version to version
+TOLERANCE = 1.05  # a few instructions come and go with any change of the source
 
 Costs = dict[str, dict[str, dict[str, Cost]]]  # target -> case -> kernel
 
@@ -60,8 +62,9 @@ def regressions(before: dict[str, Any], now: dict[str, Any], what: str) -> list[
     return found + [f"{what}: the {name} loop is gone" for name in before.keys() - now.keys()]
 
 
-def load() -> dict[str, dict[str, dict[str, Any]]]:
-    stored: dict[str, dict[str, dict[str, Any]]] = json.loads(PATH.read_text())
+def load() -> dict[str, Any]:
+    """What is stored: "triton", the version that compiled it, and "costs", target -> case -> kernel -> numbers."""
+    stored: dict[str, Any] = json.loads(PATH.read_text())
     return stored
 
 
@@ -76,7 +79,7 @@ def main() -> None:
         target: {case: {name: cost.as_json() for name, cost in kernels.items()} for case, kernels in by_case.items()}
         for target, by_case in measured.items()
     }
-    PATH.write_text(json.dumps(stored, indent=1) + "\n")
+    PATH.write_text(json.dumps({"triton": triton.__version__, "costs": stored}, indent=1) + "\n")
     print(table(measured))
 
 

@@ -6,6 +6,7 @@ target, say) runs once a row.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -118,23 +119,21 @@ def read(compiled: Any) -> Code:
     return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
-def _cuobjdump(option: str, cubin: bytes) -> str:
+@functools.cache  # launches share kernels, and disassembling is slow
+def _read_cubin(cubin: bytes, shared: int) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        return subprocess.run([_TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
-
-
-def _read_cubin(cubin: bytes, shared: int) -> Code:
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", cubin)))
+        command = [_TOOLS / "cuobjdump", "--dump-resource-usage", "-sass", path]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"\bREG:(\d+)", text)
+    assert registers, text
     instructions = [
-        _sass(int(line[1], 16), line[2], line[3])
-        for text in _cuobjdump("-sass", cubin).splitlines()
-        if (line := _SASS_LINE.match(text))
+        _sass(int(line[1], 16), line[2], line[3]) for row in text.splitlines() if (line := _SASS_LINE.match(row))
     ]
     spills = sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in instructions)
     fences = sum(instruction.opcode.startswith(("MEMBAR", "ERRBAR", "FENCE")) for instruction in instructions)
-    return Code(int(usage["REG"]), spills, shared, fences, instructions)
+    return Code(int(registers[1]), spills, shared, fences, instructions)
 
 
 def _sass(address: int, opcode: str, operands: str) -> Instruction:
