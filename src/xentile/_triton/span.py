@@ -122,94 +122,72 @@ def fold(
 
 
 @triton.jit
-def few(
-    x,
-    columns,
-    valid,
-    t,
-    x_t,
-    b,
-    logit_scale,
-    softcap,
-    TRANSFORM: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """(rest, gap, ahead) of a few logits x at `columns`, without the target, relative to b."""
-    arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), LOG2E, -b)
-    e = tl.where(valid & (columns != t), tl.exp2(arg), 0.0)
-    gap = 0.0
-    if ENTROPY:
-        gap = tl.sum(tl.where(e > 0.0, -arg * e, 0.0), 0)
-    ahead = 0
-    if RANK:
-        ahead = tl.sum((valid & ((x > x_t) | ((x == x_t) & (columns < t)))).to(tl.int32), 0)
-    return tl.sum(e, 0), gap, ahead
-
-
-@triton.jit
 def finish_span(
     state, row, weight, first, last, with_edges, head, body, V, t, x_t, logit_scale, softcap,
     VEC: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Join the slots, the edges and the target's group to (x_max, rest, gap, deficit, seen, argmax, ahead), scalars.
+    """Join slots, edges and the target's group to (x_max, rest, gap, deficit, seen, argmax, ahead), scalars.
 
-    rest, gap and ahead are without the target; sums are relative to the maximum itself instead of its rounded
-    reference.
+    rest, gap and ahead are without the target; sums are relative to the maximum itself, not its rounded reference.
     """
     m, best, b, rest, gap, deficit, seen, ahead = state
-    edge_columns, edge_valid = edges(head, body, V, with_edges, VEC)
-    edge_x = tl.load(row + edge_columns, mask=edge_valid, other=float("-inf")).to(tl.float32)
+    columns, is_edge, valid = edges_and_target(first, last, with_edges, head, body, V, t, VEC)
+    x = tl.load(row + columns, mask=valid, other=float("-inf")).to(tl.float32)
+    x_max = tl.maximum(tl.max(m, 0), tl.max(x, 0))
+    # The lowest column with the maximum: among these, or in the first group that has it, which is read again.
     slots = tl.arange(0, m.shape[0]) * VEC
-    around = tl.where((t >= head) & (t < head + body), head + (t - head) // VEC * VEC, -VEC) + tl.arange(0, VEC)
-    around_valid = (around >= head + first) & (around < head + last)
-    around_x = tl.load(row + around, mask=around_valid, other=float("-inf")).to(tl.float32)
-
-    x_max = tl.maximum(tl.max(m, 0), tl.max(edge_x, 0))
-    # the lowest column with the maximum: in the edges, or in the first group that has it, which is read again
     winner = tl.min(tl.where(m == x_max, head + best + slots, V), 0) + tl.arange(0, VEC)
-    winner_x = tl.load(row + winner, mask=(winner >= head + first) & (winner < head + last), other=float("nan")).to(
-        tl.float32
-    )
+    known = (winner >= head + first) & (winner < head + last)
+    winner_x = tl.load(row + winner, mask=known, other=float("nan")).to(tl.float32)
     argmax = tl.min(tl.where(winner_x == x_max, winner, V), 0)
-    argmax = tl.minimum(argmax, tl.min(tl.where(edge_valid & (edge_x == x_max), edge_columns, V), 0))
+    argmax = tl.minimum(argmax, tl.min(tl.where(valid & (x == x_max), columns, V), 0))
 
     top = transform(x_max, logit_scale, softcap, TRANSFORM)
     b_top = reference_of(top)
     shift = residue(top, b_top)
-    edge_rest, edge_gap, edge_ahead = few(
-        edge_x, edge_columns, edge_valid, t, x_t, b_top, logit_scale, softcap, TRANSFORM, ENTROPY, RANK
-    )
-    around_rest, around_gap, around_ahead = few(
-        around_x, around, around_valid, t, x_t, b_top, logit_scale, softcap, TRANSFORM, ENTROPY, RANK
-    )
+    arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), LOG2E, -b_top)
+    e = tl.where(valid & (columns != t), tl.exp2(arg), 0.0)
     rescale = tl.exp2(b - b_top)
-    rest_all = tl.sum(rest * rescale, 0) + (edge_rest + around_rest)
+    rest_all = tl.sum(rest * rescale, 0) + tl.sum(e, 0)
     gap_all = 0.0
     if ENTROPY:
-        gap_all = tl.sum(rescale * (gap + (b_top - b) * rest), 0) + (edge_gap + around_gap)
+        gap_all = tl.sum(rescale * (gap + (b_top - b) * rest), 0) + tl.sum(tl.where(e > 0.0, -arg * e, 0.0), 0)
         gap_all = (gap_all - shift * rest_all) * tl.exp2(shift)
     deficit_all = 0.0
     seen_all = 0.0
     if SMOOTH:
-        w = load_weight(weight, edge_columns, edge_valid, SMOOTH)
-        below = b_top - transform(edge_x, logit_scale, softcap, TRANSFORM) * LOG2E
+        w = load_weight(weight, columns, valid & is_edge, SMOOTH)
         seen_all = tl.sum(seen, 0) + tl.sum(w, 0)
-        deficit_all = tl.sum(deficit + seen * (b_top - b), 0) + tl.sum(tl.where(edge_valid, below * w, 0.0), 0)
+        deficit_all = tl.sum(deficit + seen * (b_top - b), 0) + tl.sum(tl.where(valid & is_edge, -arg * w, 0.0), 0)
         deficit_all -= shift * seen_all
     ahead_all = 0
     if RANK:
-        ahead_all = tl.sum(ahead, 0) + (edge_ahead + around_ahead)
+        before = valid & ((x > x_t) | ((x == x_t) & (columns < t)))
+        ahead_all = tl.sum(ahead, 0) + tl.sum(before.to(tl.int32), 0)
     return x_max, rest_all * tl.exp2(shift), gap_all, deficit_all, seen_all, argmax, ahead_all
 
 
 @triton.jit
+def edges_and_target(first, last, with_edges, head, body, V, t, VEC: tl.constexpr):
+    """(columns, is_edge, valid) [4 * VEC]: head, tail, and the target's group if [first, last) of the body has it."""
+    i = tl.arange(0, 4 * VEC)
+    group = target_group_of(t, head, VEC)
+    columns = tl.where(i < VEC, i, head + tl.where(i < 2 * VEC, body + i - VEC, group + i - 2 * VEC))
+    edge = tl.where(i < VEC, i < head * with_edges, columns < V * with_edges)
+    in_span = ((group >= first) & (group < last)).to(tl.int32)
+    return columns, i < 2 * VEC, tl.where(i < 2 * VEC, edge, i < 3 * VEC * in_span)
+
+
+@triton.jit
+def target_group_of(t, head, VEC: tl.constexpr):
+    """Where in the body the target's group begins; negative if the target is before the body, or there is none."""
+    return tl.where(t < head, -VEC, (t - head) // VEC * VEC)
+
+
+@triton.jit
 def target_tile_of(t, head, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """[BLOCK // VEC]: where in the body a tile would begin whose slot has the target's group; negative if t is before
-    the body.
-    """
-    group = tl.where(t < head, -VEC, (t - head) // VEC * VEC)
-    return group - tl.arange(0, BLOCK // VEC) * VEC
+    """[BLOCK // VEC]: for each slot, where the tile would begin in which it has the target's group."""
+    return target_group_of(t, head, VEC) - tl.arange(0, BLOCK // VEC) * VEC
 
 
 @triton.jit
