@@ -7,12 +7,13 @@ namespace {
 
 XENTILE_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls body(batch, index of its first element) for all of p[0:n], with `fill` behind the end.
+// Calls body(batch, index of its first element, how many of its elements count) for all of p[0:n], with `fill` behind
+// the end.
 template <class F, class Body>
 XENTILE_INLINE void for_batches(const typename F::T* p, int64_t n, typename F::T fill, Body body) {
   const int64_t whole = n / kStep * kStep;
-  for (int64_t j = 0; j < whole; j += kStep) body(F::load(p + j), j);
-  if (whole < n) body(F::load(Padded<F>(p + whole, n - whole, fill).values), whole);
+  for (int64_t j = 0; j < whole; j += kStep) body(F::load(p + j), j, kStep);
+  if (whole < n) body(F::load(Padded<F>(p + whole, n - whole, fill).values), whole, n - whole);
 }
 
 // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap).
@@ -34,30 +35,35 @@ struct Transform {
 // z[0:n] = transform(x[0:n]). In whole batches the elements stay in the order of F's lanes, behind those in their own.
 template <class F>
 void transform_block(Transform transform, const typename F::T* x, int64_t n, float* z) {
-  for_batches<F>(x, n, 0, [&](const Batch& x_batch, int64_t j) XENTILE_LAMBDA {
+  for_batches<F>(x, n, 0, [&](const Batch& x_batch, int64_t j, int64_t count) XENTILE_LAMBDA {
     const Batch z_batch = {{transform(x_batch.v[0]), transform(x_batch.v[1])}};
-    if (j + kStep <= n) return Float32::store(z + j, z_batch);
+    if (count == kStep) return Float32::store(z + j, z_batch);
     float some[kStep];
     Float32::store(some, z_batch);
-    for (int64_t k = 0; j + k < n; k++) z[j + k] = some[F::lane_of(k)];
+    for (int64_t k = 0; k < count; k++) z[j + k] = some[F::lane_of(k)];
   });
 }
 
 // Sums are taken in two levels: a lane that holds one large number would round each of hundreds of small ones.
 constexpr int64_t kSpan = 8 * kStep;
 
-// sum of exp(z - m). Meanwhile the n logits at `next` come closer: otherwise the memory would idle.
-template <class F, class Next>
-double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next) {
+// sum of exp(z - m), times 2**kExpBias also in kept[0:n] for whole batches, in the order of F's lanes, if kKeep.
+// Meanwhile the n logits at `next` come closer: otherwise the memory would idle.
+template <class F, bool kKeep, class Next>
+double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next, float* kept) {
   VecF sum = {};
   const VecF minus_m = splat(-m);  // an addition can take z from memory, a subtraction can't
   for (int64_t i = 0; i < n; i += kSpan) {
     VecF part = {};  // one accumulator: its latency is below the time of an exponential, and registers are few
-    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
-      __builtin_prefetch(next + i + j);
-      const auto e = exp_parts(Batch{{z_batch.v[0] + minus_m, z_batch.v[1] + minus_m}});
-      for (int k = 0; k < kBatch; k++) part += e.power[k] * e.scale[k];
-    });
+    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest,
+                   [&](const Batch& z_batch, int64_t j, int64_t count) XENTILE_LAMBDA {
+                     __builtin_prefetch(next + i + j);
+                     const auto e = exp_parts(Batch{{z_batch.v[0] + minus_m, z_batch.v[1] + minus_m}});
+                     for (int k = 0; k < kBatch; k++) {
+                       if (kKeep && count == kStep) store(kept + i + j + k * kLanes, e.power[k] * e.scale[k]);
+                       part = multiply_add(e.power[k], e.scale[k], part);
+                     }
+                   });
     sum += part;
   }
   return (double)horizontal_sum(sum) * kExpUnbias;
@@ -69,7 +75,7 @@ double exp_sum_and_spread(const typename F::T* z, int64_t n, float m, double* sp
   VecF sum = {}, spread_sum = {};
   for (int64_t i = 0; i < n; i += kSpan) {
     VecF part = {}, spread_part = {};
-    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest, [&](const Batch& z_batch, int64_t) XENTILE_LAMBDA {
+    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest, [&](const Batch& z_batch, int64_t, int64_t) XENTILE_LAMBDA {
       const Batch d = {{z_batch.v[0] - m, z_batch.v[1] - m}};
       const auto parts = exp_parts(d);
       for (int k = 0; k < kBatch; k++) {
@@ -90,13 +96,13 @@ double weighted_gap(const typename F::T* z, const float* weight, int64_t n, floa
   VecF gap = {}, total = {};
   for (int64_t i = 0; i < n; i += kSpan) {
     VecF gap_part = {}, total_part = {};
-    for_batches<F>(z + i, min(kSpan, n - i), 0, [&](const Batch& z_batch, int64_t j) XENTILE_LAMBDA {
+    for_batches<F>(z + i, min(kSpan, n - i), 0, [&](const Batch& z_batch, int64_t j, int64_t count) XENTILE_LAMBDA {
       Batch w = {{splat(1), splat(1)}};
-      if (i + j + kStep <= n) {
+      if (count == kStep) {
         if (weight) w = Order::load_floats(weight + i + j);
       } else {  // behind the end z is 0, finite, and its weight 0
         float some[kStep] = {};
-        for (int64_t k = 0; i + j + k < n; k++) some[k] = weight ? weight[i + j + k] : 1;
+        for (int64_t k = 0; k < count; k++) some[k] = weight ? weight[i + j + k] : 1;
         w = F::load_floats(some);
       }
       for (int k = 0; k < kBatch; k++) {
@@ -114,7 +120,7 @@ double weighted_gap(const typename F::T* z, const float* weight, int64_t n, floa
 template <class F>
 int64_t count_above(const typename F::T* x, int64_t n, float limit, bool ties) {
   VecI count = {};
-  for_batches<F>(x, n, F::kNaN, [&](const Batch& x_batch, int64_t) XENTILE_LAMBDA {
+  for_batches<F>(x, n, F::kNaN, [&](const Batch& x_batch, int64_t, int64_t) XENTILE_LAMBDA {
     for (const VecF& v : x_batch.v) count -= ties ? (VecI)(v >= limit) : (VecI)(v > limit);
   });
   int64_t sum = 0;
@@ -129,7 +135,7 @@ int64_t find(const typename F::T* x, int64_t n, float value) {
   for (int64_t j = 0; j < n; j += chunk) {
     VecI equal = {};
     const int64_t size = min(chunk, n - j);
-    for_batches<F>(x + j, size, F::kNaN, [&](const Batch& x_batch, int64_t) XENTILE_LAMBDA {
+    for_batches<F>(x + j, size, F::kNaN, [&](const Batch& x_batch, int64_t, int64_t) XENTILE_LAMBDA {
       for (const VecF& v : x_batch.v) equal |= (VecI)(v == value);
     });
     uint64_t words[sizeof(VecI) / 8], any = 0;

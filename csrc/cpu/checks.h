@@ -1,4 +1,5 @@
-// Checks of the operators' tensors: Python has explained misuse to the user, here they keep every access inside its tensor.
+// Checks of the operators' tensors: Python has explained misuse to the user, here they keep every access inside its
+// tensor.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

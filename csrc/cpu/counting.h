@@ -14,7 +14,9 @@ constexpr int kDoubles = kLanes / 2;
 
 // To integers, for |x| < 2**51: the nearest, half to even, and the largest that is not above.
 #if defined(__AVX512F__)
-XENTILE_INLINE VecD nearest(VecD x) { return (VecD)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEAREST_INT); }
+XENTILE_INLINE VecD nearest(VecD x) {
+  return (VecD)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+}
 XENTILE_INLINE VecD floor(VecD x) { return (VecD)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEG_INF); }
 #elif defined(__AVX2__)
 XENTILE_INLINE VecD nearest(VecD x) { return (VecD)_mm256_round_pd((__m256d)x, _MM_FROUND_TO_NEAREST_INT); }
@@ -33,7 +35,8 @@ XENTILE_INLINE int64_t exact_sum(VecD v) {
   return (int64_t)sum;
 }
 
-// The limbs of values in [2**-24, 2**8), which are multiples of 2**-48: partial sums of kCountBlock of them are exact in double.
+// The limbs of values in [2**-24, 2**8), which are multiples of 2**-48: partial sums of kCountBlock of them are exact
+// in double.
 void add_sums(const float* x, Totals* totals) {
   VecD sum_hi = {}, fractions = {}, square_hi = {}, square_mid = {}, square_lo = {};
   for (int j = 0; j < kCountBlock; j += kDoubles) {

@@ -1,4 +1,5 @@
 // The operators cross_entropy and cross_entropy_backward; their schemas are in src/xentile/_ops.py.
+#include <memory>
 #include <vector>
 
 #include "dispatch.h"
@@ -29,43 +30,59 @@ struct Outputs {
   }
 };
 
+// Works off rows, in one thread.
 template <class Acc>
 class Forward {
  public:
-  Forward(const Problem<Acc>& problem, const Outputs<Acc>& outputs, const Gradient& gradient, Acc denominator)
-      : problem_(problem), outputs_(outputs), gradient_(gradient), g_(1 / denominator) {}
+  Forward(const Problem<Acc>& problem, const Outputs<Acc>& outputs, const Gradient& gradient, Acc denominator,
+          const std::optional<sketch::State>& state)
+      : problem_(problem),
+        outputs_(outputs),
+        gradient_(gradient),
+        g_(1 / denominator),
+        keeps_(gradient && problem.is_plain()) {
+    if (state) counter_.emplace(*state);
+    if (!keeps_) return;
+    maxima_.resize(kept_maxima(problem.columns));
+    if (!gradient.holds_floats(problem)) exponentials_.reset(new float[problem.columns]);
+  }
 
-  void row(int64_t i, int64_t group, sketch::Counter* counter) const {
-    if (problem_.targets.ignored(i)) return without_target(i, group, true, counter);
-    if (!problem_.targets.in_range(i)) return without_target(i, group, false, counter);
+  void row(int64_t i, int64_t group) {
+    if (problem_.targets.ignored(i)) return without_target(i, group, true);
+    if (!problem_.targets.in_range(i)) return without_target(i, group, false);
     const int64_t target = problem_.targets[i];
+    const Kept kept = {exponentials_ ? exponentials_.get() : gradient_.floats(problem_, i), maxima_.data()};
     RowSums sums;
-    problem_.kernels.reduce(problem_.row_task, problem_.row(i), target, &sums);
+    problem_.kernels.reduce(problem_.row_task, problem_.row(i), target, &sums, keeps_ ? &kept : nullptr);
     const RowLoss<Acc> loss = row_loss(problem_.loss_task, sums, problem_.weight_of(target));
     outputs_.store(i, loss, problem_.token_weight_of(i));
     outputs_.store(i, sums.argmax, sums.argmax == target, sums.rank);
-    if (counter) counter->add_value(static_cast<float>(loss.token), group);
-    if (gradient_) gradient_.fill_row(problem_, i, g_, loss.token, loss.max, loss.sum_exp);
+    if (counter_) counter_->add_value(static_cast<float>(loss.token), group);
+    if (gradient_) gradient_.fill_row(problem_, i, g_, loss.token, loss.max, loss.sum_exp, keeps_ ? &kept : nullptr);
   }
 
  private:
-  void without_target(int64_t i, int64_t group, bool ignored, sketch::Counter* counter) const {
+  void without_target(int64_t i, int64_t group, bool ignored) {
     RowLoss<Acc> loss = {};
     if (!ignored) {
       RowSums sums;
-      problem_.kernels.reduce(problem_.row_task, problem_.row(i), -1, &sums);
+      problem_.kernels.reduce(problem_.row_task, problem_.row(i), -1, &sums, nullptr);
       loss = untargeted_loss<Acc>(sums);
     }
     outputs_.store(i, loss, 1);
     outputs_.store(i, ignored ? -1 : -2, false, -1);
-    if (counter) counter->add_token(ignored ? sketch::kIgnored : sketch::kOutOfRange, group, 1);
+    if (counter_) counter_->add_token(ignored ? sketch::kIgnored : sketch::kOutOfRange, group, 1);
     if (gradient_) gradient_.clear_row(problem_, i);
   }
 
   const Problem<Acc>& problem_;
   const Outputs<Acc>& outputs_;
   const Gradient& gradient_;
-  Acc g_;
+  const Acc g_;
+  const bool keeps_;
+  std::optional<sketch::Counter> counter_;
+  std::unique_ptr<float[]> exponentials_;  // of a row; float32 has room for them where the gradient will be
+  std::vector<float> maxima_;
 };
 
 template <class Acc>
@@ -84,10 +101,12 @@ struct ForwardTensors {
 };
 
 template <class Acc>
-void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t, int64_t reduction, bool zero_if_empty) {
+void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t, int64_t reduction,
+             bool zero_if_empty) {
   constexpr ScalarType acc = kAccType<Acc>;
   const int64_t rows = problem.rows;
-  STD_TORCH_CHECK(!(t.dlogits && reduction == kNone), "xentile: the gradient of reduction none is not known in the forward");
+  STD_TORCH_CHECK(!(t.dlogits && reduction == kNone),
+                  "xentile: the gradient of reduction none is not known in the forward");
   problem.row_task.entropy = t.entropy.has_value(), problem.row_task.rank = t.target_rank.has_value();
   const Acc* normalizer = read<Acc>(t.normalizer, acc, 1, "normalizer");
   const int64_t* group_ids = read<int64_t>(t.group_ids, ScalarType::Long, rows, "group_ids");
@@ -109,18 +128,17 @@ void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t
   const double total = reduction == kMean ? mean_denominator(problem, normalizer, zero_if_empty) : 1;
   const Acc denominator = static_cast<Acc>(total);
   *write<Acc>(t.denominator, acc, 1, "denominator") = denominator;
-  const Forward<Acc> forward(problem, outputs, gradient, denominator);
   torch::stable::parallel_for(0, rows, problem.grain(), [&](int64_t begin, int64_t end) {
-    std::optional<sketch::Counter> counter;
-    if (state) counter.emplace(*state);
-    for (int64_t i = begin; i < end; i++) forward.row(i, group_ids ? group_ids[i] : 0, counter ? &*counter : nullptr);
+    Forward<Acc> forward(problem, outputs, gradient, denominator, state);
+    for (int64_t i = begin; i < end; i++) forward.row(i, group_ids ? group_ids[i] : 0);
   });
   if (reduction != kNone) *loss = static_cast<Acc>(std::accumulate(row_losses.begin(), row_losses.end(), 0.0) / total);
 }
 
 template <class Acc>
-void backward(const Problem<Acc>& problem, const Tensor& logits, const Tensor& dloss_tensor, const Tensor& denominator_tensor,
-              const Tensor& token_loss_tensor, const Tensor& max_tensor, const Tensor& sum_tensor, const Tensor& dlogits, int64_t reduction, bool filled) {
+void backward(const Problem<Acc>& problem, const Tensor& logits, const Tensor& dloss_tensor,
+              const Tensor& denominator_tensor, const Tensor& token_loss_tensor, const Tensor& max_tensor,
+              const Tensor& sum_tensor, const Tensor& dlogits, int64_t reduction, bool filled) {
   constexpr ScalarType acc = kAccType<Acc>;
   const Acc* dloss = read<Acc>(dloss_tensor, acc, reduction == kNone ? problem.rows : 1, "dloss");
   const Acc denominator = *read<Acc>(denominator_tensor, acc, 1, "denominator");
@@ -134,7 +152,8 @@ void backward(const Problem<Acc>& problem, const Tensor& logits, const Tensor& d
       if (problem.targets.ignored(i) || !problem.targets.in_range(i)) {
         gradient.clear_row(problem, i);
       } else {
-        gradient.fill_row(problem, i, dloss[reduction == kNone ? i : 0] / denominator, token_loss[i], row_max[i], sum_exp[i]);
+        gradient.fill_row(problem, i, dloss[reduction == kNone ? i : 0] / denominator, token_loss[i], row_max[i],
+                          sum_exp[i], nullptr);
       }
     }
   });
@@ -142,10 +161,10 @@ void backward(const Problem<Acc>& problem, const Tensor& logits, const Tensor& d
 
 }  // namespace
 
-void cross_entropy(const Tensor& logits, const Tensor& target, std::optional<Tensor> weight, std::optional<Tensor> token_weight,
-                   std::optional<Tensor> normalizer, std::optional<Tensor> group_ids, Tensor loss, Tensor denominator,
-                   Tensor token_loss, Tensor lse, Tensor row_max, Tensor sum_exp, Tensor predicted, Tensor correct,
-                   std::optional<Tensor> entropy,
+void cross_entropy(const Tensor& logits, const Tensor& target, std::optional<Tensor> weight,
+                   std::optional<Tensor> token_weight, std::optional<Tensor> normalizer,
+                   std::optional<Tensor> group_ids, Tensor loss, Tensor denominator, Tensor token_loss, Tensor lse,
+                   Tensor row_max, Tensor sum_exp, Tensor predicted, Tensor correct, std::optional<Tensor> entropy,
                    std::optional<Tensor> target_rank, std::optional<Tensor> sketch, std::optional<Tensor> dlogits,
                    int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss, double softcap,
                    double logit_scale, bool zero_if_empty) {
@@ -158,10 +177,11 @@ void cross_entropy(const Tensor& logits, const Tensor& target, std::optional<Ten
   });
 }
 
-void cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Tensor& target, std::optional<Tensor> weight,
-                            std::optional<Tensor> token_weight, const Tensor& denominator, const Tensor& token_loss,
-                            const Tensor& row_max, const Tensor& sum_exp, Tensor dlogits, int64_t ignore_index, int64_t reduction, double label_smoothing,
-                            double z_loss, double softcap, double logit_scale, bool filled) {
+void cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Tensor& target,
+                            std::optional<Tensor> weight, std::optional<Tensor> token_weight, const Tensor& denominator,
+                            const Tensor& token_loss, const Tensor& row_max, const Tensor& sum_exp, Tensor dlogits,
+                            int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
+                            double softcap, double logit_scale, bool filled) {
   with_kernels(logits.scalar_type(), [&](const auto& kernels, int64_t item) {
     backward(make_problem(kernels, item, logits, target, weight, token_weight, ignore_index,
                           {label_smoothing, z_loss, softcap, logit_scale}),

@@ -15,11 +15,16 @@ template <class F>
 void with_kernels(torch::headeronly::ScalarType dtype, F f) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
-    case ScalarType::Float: return f(kernel_table().float32, 4);
-    case ScalarType::BFloat16: return f(kernel_table().bfloat16, 2);
-    case ScalarType::Half: return f(kernel_table().float16, 2);
-    case ScalarType::Double: return f(kernels_float64, 8);
-    default: STD_TORCH_CHECK(false, "xentile: logits must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return f(kernel_table().float32, 4);
+    case ScalarType::BFloat16:
+      return f(kernel_table().bfloat16, 2);
+    case ScalarType::Half:
+      return f(kernel_table().float16, 2);
+    case ScalarType::Double:
+      return f(kernels_float64, 8);
+    default:
+      STD_TORCH_CHECK(false, "xentile: logits must be float32, bfloat16, float16 or float64");
   }
 }
 

@@ -1,15 +1,15 @@
 // The storage formats of logits: how vectors of floats are read from, and rounded to nearest even into, each of them.
 //
-// Work proceeds in batches of kBatch vectors. A format may deal the elements of a batch to lanes in any order, as long as
-// `load`, `load_floats`, `store` and `lane_of` agree: bfloat16 puts even elements in one vector and odd ones in the next, which
-// takes a shift and a mask where the natural order would take shuffles.
+// Work proceeds in batches of kBatch vectors. A format may deal the elements of a batch to lanes in any order, as long
+// as `load`, `load_floats`, `store` and `lane_of` agree: bfloat16 puts even elements in one vector and odd ones in the
+// next, which takes a shift and a mask where the natural order would take shuffles.
 #pragma once
 #include "simd.h"
 
 namespace {
 
-constexpr int kBatch = 2;                      // vectors
-constexpr int kStep = kBatch * kLanes;         // elements
+constexpr int kBatch = 2;               // vectors
+constexpr int kStep = kBatch * kLanes;  // elements
 typedef int16_t VecS __attribute__((vector_size(4 * kLanes), may_alias));
 typedef uint16_t VecW __attribute__((vector_size(4 * kLanes), may_alias));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes), may_alias));
@@ -31,8 +31,8 @@ struct Float32 {
   static float max(const T* x, int64_t n);
 };
 
-// The maximum of 16-bit floats by comparing their bits: among numbers with a sign that is the smallest as an unsigned integer,
-// among the others the largest. A NaN may count as larger than all.
+// The maximum of 16-bit floats by comparing their bits: among numbers with a sign that is the smallest as an unsigned
+// integer, among the others the largest. A NaN may count as larger than all.
 struct Float16Bits {
   typedef uint16_t T;
   static T max_bits(const T* x, int64_t n);
@@ -66,9 +66,7 @@ struct Float16 : Float16Bits {
   static XENTILE_INLINE Batch load(const T* p) { return {{widen(p), widen(p + kLanes)}}; }
   static XENTILE_INLINE Batch load_floats(const float* p) { return Float32::load(p); }
   static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
-  static XENTILE_INLINE void store(T* p, Batch b) {
-    ::store(reinterpret_cast<float*>(p), narrow(b));
-  }
+  static XENTILE_INLINE void store(T* p, Batch b) { ::store(reinterpret_cast<float*>(p), narrow(b)); }
   static float max(const T* x, int64_t n);
 
  private:
@@ -162,8 +160,8 @@ XENTILE_INLINE float load_one(const typename F::T* p) {
   return F::load(Padded<F>(p, 1, *p).values).v[0][0];
 }
 
-// The maximum of x[0:n], n > 0, if there is no NaN. With one, anything: the sum of the exponentials says so. (To ignore NaN
-// would take another instruction: a vector maximum returns, beside a NaN, the operand that it can load.)
+// The maximum of x[0:n], n > 0, if there is no NaN. With one, anything: the sum of the exponentials says so. (To ignore
+// NaN would take another instruction: a vector maximum returns, beside a NaN, the operand that it can load.)
 inline float Float32::max(const T* x, int64_t n) {
   constexpr int chains = 4;
   VecF top[chains];

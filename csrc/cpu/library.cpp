@@ -1,5 +1,5 @@
-// The library as torch sees it: implementations, for the CPU, of operators whose schemas Python defines. Only the stable C++
-// interface of libtorch is used, so that one binary serves every torch >= 2.11.
+// The library as torch sees it: implementations, for the CPU, of operators whose schemas Python defines. Only the
+// stable C++ interface of libtorch is used, so that one binary serves every torch >= 2.11.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -31,7 +31,8 @@ std::string isa() { return kernel_table().name; }
 
 void scale_(Tensor x, const Tensor& scale) {
   const bool wide = scale.scalar_type() == ScalarType::Double;
-  const double factor = wide ? *read<double>(scale, ScalarType::Double, 1, "scale") : *read<float>(scale, ScalarType::Float, 1, "scale");
+  const double factor =
+      wide ? *read<double>(scale, ScalarType::Double, 1, "scale") : *read<float>(scale, ScalarType::Float, 1, "scale");
   if (factor == 1) return;
   char* data = write<char>(x, x.scalar_type(), x.numel(), "x");
   with_kernels(x.scalar_type(), [&](const auto& kernels, int64_t item) {

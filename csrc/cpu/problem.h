@@ -1,4 +1,5 @@
-// What both operators on a matrix of logits work on: its rows, their targets and weights, and the matrix for the gradient.
+// What both operators on a matrix of logits work on: its rows, their targets and weights, and the matrix for the
+// gradient.
 #pragma once
 #include <cstring>
 #include <numeric>
@@ -42,6 +43,11 @@ struct Options {
 template <class Acc>
 struct Problem {
   const void* row(int64_t i) const { return data + i * pitch; }
+  // Whether the gradient is exp(x - max) times a number, everywhere but at the target.
+  bool is_plain() const {
+    return sizeof(Acc) == 4 && !row_task.smoothing && !row_task.entropy && row_task.softcap == 0 &&
+           row_task.logit_scale == 1;
+  }
   Acc weight_of(int64_t target) const { return weight ? weight[target] : Acc(1); }
   Acc token_weight_of(int64_t i) const { return token_weight ? token_weight[i] : Acc(1); }
   int64_t grain() const { return 1 + 32768 / columns; }  // rows that are worth a thread
@@ -59,16 +65,24 @@ template <class Acc>
 Problem<Acc> make_problem(const RowKernels<Acc>& kernels, int64_t item, const Tensor& logits, const Tensor& target,
                           const std::optional<Tensor>& class_weight, const std::optional<Tensor>& token_weights,
                           int64_t ignore_index, const Options& options) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1),
-                  "xentile: logits must be a CPU matrix with at least one column, contiguous in its last dimension");
+  STD_TORCH_CHECK(
+      logits.is_cpu() && logits.dim() == 2 && logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1),
+      "xentile: logits must be a CPU matrix with at least one column, contiguous in its last dimension");
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const Acc* weight = read<Acc>(class_weight, kAccType<Acc>, columns, "weight");
   const bool smoothing = options.label_smoothing != 0;
   const double total_weight = weight && smoothing ? std::accumulate(weight, weight + columns, 0.0) : columns;
-  return {kernels, rows, columns, columns * item, logits.stride(0) * item, static_cast<const char*>(logits.const_data_ptr()),
-          Targets(target, rows, columns, ignore_index), weight,
+  return {kernels,
+          rows,
+          columns,
+          columns * item,
+          logits.stride(0) * item,
+          static_cast<const char*>(logits.const_data_ptr()),
+          Targets(target, rows, columns, ignore_index),
+          weight,
           read<Acc>(token_weights, kAccType<Acc>, rows, "token_weight"),
-          {columns, static_cast<Acc>(options.logit_scale), static_cast<Acc>(options.softcap), weight, smoothing, false, false},
+          {columns, static_cast<Acc>(options.logit_scale), static_cast<Acc>(options.softcap), weight, smoothing, false,
+           false},
           {static_cast<Acc>(options.label_smoothing), static_cast<Acc>(options.z_loss), static_cast<Acc>(columns),
            static_cast<Acc>(total_weight)}};
 }
@@ -86,11 +100,23 @@ class Gradient {
   explicit operator bool() const { return data_; }
 
   template <class Acc>
-  void fill_row(const Problem<Acc>& problem, int64_t i, Acc g, Acc token_loss, Acc max, Acc sum_exp) const {
+  void fill_row(const Problem<Acc>& problem, int64_t i, Acc g, Acc token_loss, Acc max, Acc sum_exp,
+                const Kept* kept) const {
     const int64_t target = problem.targets[i];
     g *= problem.token_weight_of(i);
     const Coefficients<Acc> c = coefficients(problem.loss_task, g, problem.weight_of(target), token_loss, max, sum_exp);
-    problem.kernels.gradient(problem.row_task, problem.row(i), target, c, data_ + i * problem.row_bytes);
+    problem.kernels.gradient(problem.row_task, problem.row(i), target, c, data_ + i * problem.row_bytes, kept);
+  }
+
+  // Whether a row of it can hold float32 numbers meanwhile.
+  template <class Acc>
+  bool holds_floats(const Problem<Acc>& problem) const {
+    return data_ != problem.data && problem.row_bytes == problem.columns * 4;
+  }
+
+  template <class Acc>
+  float* floats(const Problem<Acc>& problem, int64_t i) const {
+    return reinterpret_cast<float*>(data_ + i * problem.row_bytes);
   }
 
   template <class Acc>
@@ -99,8 +125,8 @@ class Gradient {
   }
 
  private:
-  // A large tensor is fresh memory at each step, as the C library gives it back to the system when it is freed. The first
-  // write to each of its pages is a fault: with pages of 2 MB instead of 4 KB there are 512 times fewer.
+  // A large tensor is fresh memory at each step, as the C library gives it back to the system when it is freed. The
+  // first write to each of its pages is a fault: with pages of 2 MB instead of 4 KB there are 512 times fewer.
   static void prefer_huge_pages(char* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr int64_t least = 32 << 20, page = 2 << 20;

@@ -1,5 +1,5 @@
-// The operator radix_counts: one digit of a radix selection. Its schema is in src/xentile/_ops.py, the keys are described
-// in src/xentile/reference/quantile.py.
+// The operator radix_counts: one digit of a radix selection. Its schema is in src/xentile/_ops.py, the keys are
+// described in src/xentile/reference/quantile.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -34,8 +34,11 @@ typedef Format<uint64_t, 0x7ff0000000000000> Float64;
 class Prefixes {
  public:
   Prefixes(const int64_t* prefixes, int64_t count, int width)
-      : exact_(width <= kIndexBits), mask_((uint64_t{1} << std::min(width, kIndexBits)) - 1),
-        head_(mask_ + 1), next_(1), value_(1) {
+      : exact_(width <= kIndexBits),
+        mask_((uint64_t{1} << std::min(width, kIndexBits)) - 1),
+        head_(mask_ + 1),
+        next_(1),
+        value_(1) {
     for (int64_t t = 0; t < count; t++) {
       const uint64_t prefix = static_cast<uint64_t>(prefixes[t]);
       int row = find(prefix);
@@ -117,19 +120,27 @@ typedef void (*Kernel)(const Task&, int64_t begin, int64_t end, int64_t* counter
 template <class F>
 Kernel kernel_for(Search search, bool all) {
   switch (search) {
-    case kNone: return all ? count<F, kNone, true> : count<F, kNone, false>;
-    case kExact: return all ? count<F, kExact, true> : count<F, kExact, false>;
-    default: return all ? count<F, kChained, true> : count<F, kChained, false>;
+    case kNone:
+      return all ? count<F, kNone, true> : count<F, kNone, false>;
+    case kExact:
+      return all ? count<F, kExact, true> : count<F, kExact, false>;
+    default:
+      return all ? count<F, kChained, true> : count<F, kChained, false>;
   }
 }
 
 Kernel kernel_for(ScalarType dtype, Search search, bool all) {
   switch (dtype) {
-    case ScalarType::Float: return kernel_for<Float32>(search, all);
-    case ScalarType::BFloat16: return kernel_for<BFloat16>(search, all);
-    case ScalarType::Half: return kernel_for<Float16>(search, all);
-    case ScalarType::Double: return kernel_for<Float64>(search, all);
-    default: STD_TORCH_CHECK(false, "xentile: x must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return kernel_for<Float32>(search, all);
+    case ScalarType::BFloat16:
+      return kernel_for<BFloat16>(search, all);
+    case ScalarType::Half:
+      return kernel_for<Float16>(search, all);
+    case ScalarType::Double:
+      return kernel_for<Float64>(search, all);
+    default:
+      STD_TORCH_CHECK(false, "xentile: x must be float32, bfloat16, float16 or float64");
   }
 }
 

@@ -1,5 +1,5 @@
-// The mathematics of a row that takes a constant number of steps: its losses, the coefficients of its gradient, and where the
-// loss is counted in a sketch. The formulas are those of xentile/reference; here is their only copy in C++.
+// The mathematics of a row that takes a constant number of steps: its losses, the coefficients of its gradient, and
+// where the loss is counted in a sketch. The formulas are those of xentile/reference; here is their only copy in C++.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,11 +20,11 @@ struct LossTask {
 
 template <class Acc>
 struct RowLoss {
-  Acc token;    // plain cross-entropy, in nats
+  Acc token;  // plain cross-entropy, in nats
   Acc lse;
   Acc max, sum_exp;  // m, S
-  Acc entropy;  // if the spread was asked for
-  Acc row;      // the training loss, without the token's weight
+  Acc entropy;       // if the spread was asked for
+  Acc row;           // the training loss, without the token's weight
 };
 
 // log(sum_j exp(z_j)) of a row without a target, relative to the maximum.
@@ -64,7 +64,8 @@ Acc canonical(Acc x) {
   return std::isnan(x) ? std::numeric_limits<Acc>::quiet_NaN() : x;
 }
 
-// g: the gradient of the loss with respect to the row's loss. From m and S, since exp(z - lse) would inherit the rounding of lse.
+// g: the gradient of the loss with respect to the row's loss. From m and S, since exp(z - lse) would inherit the
+// rounding of lse.
 template <class Acc>
 Coefficients<Acc> coefficients(const LossTask<Acc>& task, Acc g, Acc weight, Acc token_loss, Acc max, Acc sum_exp) {
   const Acc hard = (1 - task.smoothing) * weight, smooth = task.smoothing / task.columns;

@@ -1,14 +1,15 @@
 // Phases 1 and 3 of a row, for any storage format and vector width. Included once per instruction set.
 //
-// Phase 1 walks blocks that stay in the first-level cache: a block's maximum first, then its exponentials relative to the
-// largest maximum so far. A later, larger maximum rescales the sums, which happens a few times a row. Within a block sums are
-// float32, in partial sums; across blocks they are double.
+// Phase 1 walks blocks that stay in the first-level cache: a block's maximum first, then its exponentials relative to
+// the largest maximum so far. A later, larger maximum rescales the sums, which happens a few times a row. Within a
+// block sums are float32, in partial sums; across blocks they are double.
 #pragma once
 #include "blocks.h"
 #include "counting.h"
 
 namespace {
 using xentile::Coefficients;
+using xentile::Kept;
 using xentile::RowSums;
 using xentile::RowTask;
 
@@ -19,8 +20,12 @@ class Reduction {
  public:
   typedef typename F::T T;
 
-  Reduction(const RowTask<float>& task, const T* x, int64_t target)
-      : task_(task), transform_{task.logit_scale, task.softcap}, transformed_(!transform_.identity()), x_(x) {
+  Reduction(const RowTask<float>& task, const T* x, int64_t target, const Kept* kept)
+      : task_(task),
+        transform_{task.logit_scale, task.softcap},
+        transformed_(!transform_.identity()),
+        x_(x),
+        kept_(kept) {
     if (target >= 0) target_x_ = load_one<F>(x + target);
     if (transformed_) max_ = transform_(max_x_);  // a softcap makes -inf finite
   }
@@ -79,18 +84,24 @@ class Reduction {
   template <class Z>
   void add_block(const typename Z::T* z, int64_t begin, int64_t n) {
     const float m = shift();
-    if (task_.entropy) {
+    if (kept_) {
+      kept_->maxima[blocks_++] = max_;
+      sums_.rest += exp_sum<Z, true>(z, n, m, x_ + begin + n, kept_->exponentials + begin);
+    } else if (task_.entropy) {
       sums_.rest += exp_sum_and_spread<Z>(z, n, m, &sums_.spread);
     } else {
-      sums_.rest += exp_sum<Z>(z, n, m, x_ + begin + n);
+      sums_.rest += exp_sum<Z, false>(z, n, m, x_ + begin + n, nullptr);
     }
-    if (task_.smoothing) sums_.gap += weighted_gap<Z, F>(z, task_.weight ? task_.weight + begin : nullptr, n, m, &weight_seen_);
+    if (task_.smoothing)
+      sums_.gap += weighted_gap<Z, F>(z, task_.weight ? task_.weight + begin : nullptr, n, m, &weight_seen_);
   }
 
   const RowTask<float>& task_;
   const Transform transform_;
   const bool transformed_;
   const T* x_;
+  const Kept* kept_;
+  int64_t blocks_ = 0;
   float target_x_ = 0, max_x_ = -kInf, max_ = -kInf;
   int64_t best_begin_ = 0, best_size_ = 0;  // the first block that holds the largest x
   double weight_seen_ = 0;
@@ -98,8 +109,8 @@ class Reduction {
 };
 
 template <class F>
-void reduce(const RowTask<float>& task, const void* row, int64_t target, RowSums* sums) {
-  Reduction<F> reduction(task, static_cast<const typename F::T*>(row), target);
+void reduce(const RowTask<float>& task, const void* row, int64_t target, RowSums* sums, const Kept* kept) {
+  Reduction<F> reduction(task, static_cast<const typename F::T*>(row), target, kept);
   if (target < 0) {
     reduction.add(0, task.columns, false);
   } else {
@@ -129,19 +140,66 @@ XENTILE_INLINE void map_row(const typename F::T* x, typename F::T* y, int64_t n,
   map_some<F>(x, y, whole + kStep, n - whole - kStep, map);
 }
 
-// dx = exp_factor * exp(x - max)
+// dx = exp_factor * exp(x - max), block by block as phase 1, whose exponentials are relative to the maximum so far.
+// Without them the same numbers are computed from x: two launches give the gradient of one, bit by bit.
 template <class F>
-void plain_gradient(const typename F::T* x, typename F::T* dx, int64_t n, const Coefficients<float>& c) {
-  const float factor = c.exp_factor * kExpUnbias;
-  const VecF minus_m = splat(-c.max);
-  map_row<F>(x, dx, n, [=](auto b, int64_t, int64_t) XENTILE_LAMBDA {
-    constexpr int count = sizeof b / sizeof(VecF);
-    for (int k = 0; k < count; k++) b.v[k] += minus_m;
-    const auto e = exp_parts(b, factor);
-    for (int k = 0; k < count; k++) b.v[k] = e.power[k] * e.scale[k];
-    return b;
-  });
-}
+class PlainGradient {
+ public:
+  typedef typename F::T T;
+
+  PlainGradient(const T* x, T* dx, const Coefficients<float>& c, const Kept* kept)
+      : x_(x), dx_(dx), c_(c), kept_(kept) {}
+
+  void add(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t n = min(kBlock, end - i);
+      if (kept_) {
+        max_ = kept_->maxima[blocks_++];
+      } else {
+        raise(F::max(x_ + i, n));
+      }
+      const float factor = (max_ == -kInf ? 0 : exp_one(max_ - c_.max)) * c_.exp_factor * kExpUnbias;
+      if (kept_) {
+        scale_kept(i, n, factor);
+      } else {
+        map_row<F>(x_ + i, dx_ + i, n, exponential(factor, x_ + i + n));
+      }
+    }
+  }
+
+  void raise(float top) { max_ = top > max_ ? top : max_; }
+
+ private:
+  // next: what will be read after this block, and should come closer
+  auto exponential(float factor, const T* next) const {
+    const VecF minus_m = splat(max_ == -kInf ? 0 : -max_);
+    return [=](auto b, int64_t j, int64_t) XENTILE_LAMBDA {
+      constexpr int count = sizeof b / sizeof(VecF);
+      __builtin_prefetch(next + j);
+      for (int k = 0; k < count; k++) b.v[k] += minus_m;
+      const auto e = exp_parts(b);
+      for (int k = 0; k < count; k++) b.v[k] = e.power[k] * e.scale[k] * factor;
+      return b;
+    };
+  }
+
+  void scale_kept(int64_t begin, int64_t n, float factor) const {
+    const int64_t whole = n / kStep * kStep;
+    for (int64_t j = begin; j < begin + whole; j += kStep) {
+      Batch b = Float32::load(kept_->exponentials + j);
+      for (VecF& v : b.v) v *= factor;
+      F::store(dx_ + j, b);
+    }
+    map_some<F>(x_ + begin, dx_ + begin, whole, n - whole, exponential(factor, x_ + begin));
+  }
+
+  const T* x_;
+  T* dx_;
+  const Coefficients<float>& c_;
+  const Kept* kept_;
+  int64_t blocks_ = 0;
+  float max_ = -kInf;
+};
 
 // dx = (exp_factor * exp(z - max) - constant * weight) * dz/dx, weight null: all ones
 template <class F>
@@ -169,18 +227,22 @@ void general_gradient(const Transform transform, const typename F::T* x, typenam
 }
 
 template <class F>
-void gradient(const RowTask<float>& task, const void* row, int64_t target, const Coefficients<float>& c, void* out) {
+void gradient(const RowTask<float>& task, const void* row, int64_t target, const Coefficients<float>& c, void* out,
+              const Kept* kept) {
   const auto* x = static_cast<const typename F::T*>(row);
   auto* dx = static_cast<typename F::T*>(out);
   const Transform transform = {task.logit_scale, task.softcap};
-  const VecF slope = transform.slope(transform(splat(load_one<F>(x + target))));  // before x is overwritten: dx may be x
+  const float x_t = load_one<F>(x + target);  // before it is overwritten: dx may be x
   if (transform.identity() && !task.smoothing) {
-    plain_gradient<F>(x, dx, task.columns, c);
+    PlainGradient<F> plain(x, dx, c, kept);
+    plain.add(0, target);
+    plain.raise(x_t);
+    plain.add(target + 1, task.columns);
   } else {
     general_gradient<F>(transform, x, dx, task.columns, c, task.smoothing ? task.weight : nullptr);
   }
   typename F::T at_target[kStep];
-  F::store(at_target, {{canonical(c.target * slope), VecF{}}});
+  F::store(at_target, {{canonical(c.target * transform.slope(splat(transform(x_t)))), VecF{}}});
   dx[target] = at_target[0];
 }
 
@@ -198,6 +260,6 @@ constexpr xentile::RowKernels<float> kRowKernels = {reduce<F>, gradient<F>, scal
 
 }  // namespace
 
-#define XENTILE_KERNEL_TABLE(isa)                       \
-  const xentile::KernelTable xentile::kernels_##isa = { \
-      #isa, kRowKernels<Float32>, kRowKernels<BFloat16>, kRowKernels<Float16>, count};
+#define XENTILE_KERNEL_TABLE(isa)                                                                         \
+  const xentile::KernelTable xentile::kernels_##isa = {#isa, kRowKernels<Float32>, kRowKernels<BFloat16>, \
+                                                       kRowKernels<Float16>, count};

@@ -1,4 +1,5 @@
-// Phases 1 and 3 for float64 logits: plain loops and the C library's functions, for gradcheck and other tests of correctness.
+// Phases 1 and 3 for float64 logits: plain loops and the C library's functions, for gradcheck and other tests of
+// correctness.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,7 +24,8 @@ double jacobian(const Task& task, double z) {
 }
 
 // Adds the columns [begin, end) to s; shift: what exponentials are relative to.
-void add_block(const Task& task, const double* x, int64_t begin, int64_t end, int64_t target, double shift, RowSums* s) {
+void add_block(const Task& task, const double* x, int64_t begin, int64_t end, int64_t target, double shift,
+               RowSums* s) {
   double rest = 0, gaps = 0, spread = 0;
   for (int64_t j = begin; j < end; j++) {
     const double z = transform(task, x[j]), gap = shift - z;
@@ -40,7 +42,7 @@ void add_block(const Task& task, const double* x, int64_t begin, int64_t end, in
   s->rest += rest, s->gap += gaps, s->spread += spread;
 }
 
-void reduce(const Task& task, const void* row, int64_t target, RowSums* sums) {
+void reduce(const Task& task, const void* row, int64_t target, RowSums* sums, const Kept*) {
   constexpr int64_t block = 256;  // sums of sums: the error grows with the root of the number of columns
   const double* x = static_cast<const double*>(row);
   RowSums s = {};
@@ -54,7 +56,8 @@ void reduce(const Task& task, const void* row, int64_t target, RowSums* sums) {
   *sums = s;
 }
 
-void gradient(const Task& task, const void* row, int64_t target, const Coefficients<double>& c, void* out) {
+void gradient(const Task& task, const void* row, int64_t target, const Coefficients<double>& c, void* out,
+              const Kept*) {
   const double* x = static_cast<const double*>(row);
   double* dx = static_cast<double*>(out);
   const double at_target = c.target * jacobian(task, transform(task, x[target]));

@@ -1,12 +1,14 @@
 // Vectors of floats as wide as the instruction set has them, and the two transcendental functions of a row.
 //
-// GCC's vector extensions, which clang has too: one source for SSE2, NEON, AVX2 and AVX-512. Intrinsics appear only where the
-// language has no word for it. Compile with -ffp-contract=fast (a * b + c becomes one FMA) and never with -ffast-math: NaN,
-// infinities and the rounding trick in `exp_parts` must work.
+// GCC's vector extensions, which clang has too: one source for SSE2, NEON, AVX2 and AVX-512. Intrinsics appear only
+// where the language has no word for it. Compile with -ffp-contract=fast (a * b + c becomes one FMA) and never with
+// -ffast-math: NaN, infinities and the rounding trick in `exp_parts` must work.
 #pragma once
 #include <stdint.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define XENTILE_INLINE inline __attribute__((always_inline))
@@ -49,6 +51,19 @@ XENTILE_INLINE VecF max(VecF a, VecF b) {
 #endif
 }
 
+// a * b + c with one rounding where the instruction set has that, also when a * b is needed by itself.
+XENTILE_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 // Any NaN becomes the usual one.
 XENTILE_INLINE VecF canonical(VecF v) { return select(v == v, v, splat(__builtin_nanf(""))); }
 
@@ -70,16 +85,16 @@ XENTILE_INLINE float horizontal_sum(VecF v) {
   return v[0];
 }
 
-// Several vectors that go through the same operations. Each step is written for all of them before the next one: the chain of
-// dependent operations of an exponential is longer than what a processor can look ahead.
+// Several vectors that go through the same operations. Each step is written for all of them before the next one: the
+// chain of dependent operations of an exponential is longer than what a processor can look ahead.
 template <int K>
 struct Vectors {
   VecF v[K];
 };
 
 // factor * exp(d) = power * scale * 2**-kExpBias, for d <= 70. The bias keeps results that would be subnormal in full
-// precision: what float32 can hold of exp(d) is never lost, and for anything below, such as exp(-inf), scale is exactly 0.
-// A factor costs nothing: it becomes part of the polynomial.
+// precision: what float32 can hold of exp(d) is never lost, and for anything below, such as exp(-inf), scale is exactly
+// 0. A factor costs nothing: it becomes part of the polynomial.
 constexpr int kExpBias = 24;
 constexpr float kExpUnbias = 1.0f / (1 << kExpBias);
 
@@ -93,7 +108,8 @@ XENTILE_INLINE ExpParts<K> exp_parts(Vectors<K> d, float factor = 1) {
   constexpr float kLog2E = 1.44269504f, kLowest = -104.665f;  // rounds to 2**-151: an exponent field of 0
   constexpr float kRound = 12582912.0f + 127 + kExpBias;      // adding it rounds to an integer in the low bits
   // Minimax for |r| <= ln 2 / 2 of the form 1 + r + ..: within 1.05e-7, and exp(0) = 1.
-  const float p5 = factor * 0x1.106250p-7f, p4 = factor * 0x1.572a64p-5f, p3 = factor * 0x1.5557b0p-3f, p2 = factor * 0x1.fffdfcp-2f;
+  const float p5 = factor * 0x1.106250p-7f, p4 = factor * 0x1.572a64p-5f, p3 = factor * 0x1.5557b0p-3f,
+              p2 = factor * 0x1.fffdfcp-2f;
   VecF shifted[K], n[K], r[K];
   ExpParts<K> e;
   for (int k = 0; k < K; k++) d.v[k] = max(splat(kLowest), d.v[k]);  // NaN stays NaN

@@ -14,7 +14,8 @@ constexpr int64_t kMostInHistogram = int64_t{1} << 31;  // its counts are uint32
 
 enum Interpolation { kLinear, kLower, kHigher, kNearest, kMidpoint };
 
-// One row of a state, ready for order statistics. Buckets in the order of their values: below 2**-24, bins, above 2**8, +inf.
+// One row of a state, ready for order statistics. Buckets in the order of their values: below 2**-24, bins, above 2**8,
+// +inf.
 class Distribution {
  public:
   Distribution(const sketch::Layout& layout, const int64_t* state) : layout_(layout) {
@@ -37,7 +38,8 @@ class Distribution {
   };
 
   Order order(int64_t rank) const {
-    const int b = static_cast<int>(std::upper_bound(cumulative_.begin(), cumulative_.end(), rank) - cumulative_.begin());
+    const int b =
+        static_cast<int>(std::upper_bound(cumulative_.begin(), cumulative_.end(), rank) - cumulative_.begin());
     const int64_t before = b == 0 ? 0 : cumulative_[b - 1], count = cumulative_[b] - before;
     const int overflow = layout_.bins + 1, infinite = overflow + 1;
     const double left = b == 0 ? -kInf : b < infinite ? layout_.edge(b - 1) : kInf;
@@ -156,7 +158,8 @@ void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::option
   });
 }
 
-void sketch_quantile(const Tensor& state, const Tensor& q, Tensor value, Tensor lower, Tensor upper, int64_t interpolation) {
+void sketch_quantile(const Tensor& state, const Tensor& q, Tensor value, Tensor lower, Tensor upper,
+                     int64_t interpolation) {
   const int64_t groups = state.size(0), count = q.numel();
   const sketch::Layout layout = layout_of(state);
   const int64_t* cells = read<int64_t>(state, ScalarType::Long, groups * layout.width(), "sketch");

@@ -32,8 +32,8 @@ struct State {
   }
 };
 
-// One thread's view of a state. Bins are incremented at once; sums and extremes are collected, and reach the state when the
-// counter is destroyed or their slot is needed for another group.
+// One thread's view of a state. Bins are incremented at once; sums and extremes are collected, and reach the state when
+// the counter is destroyed or their slot is needed for another group.
 class Counter {
  public:
   explicit Counter(const State& state) : state_(state) {}

@@ -1,5 +1,5 @@
-// Where a value is counted in a loss sketch, and the integers that its sums are made of. The layout, and why it is so, is
-// described in src/xentile/_layout.py; all backends compute equal integers from equal values.
+// Where a value is counted in a loss sketch, and the integers that its sums are made of. The layout, and why it is so,
+// is described in src/xentile/_layout.py; all backends compute equal integers from equal values.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,11 +13,25 @@ constexpr int kMinExponent = -24, kMaxExponent = 8;
 constexpr double kLimit = 0x1p24;  // values are clamped to +-kLimit in the sums
 
 enum Column {
-  kZero, kOverflow, kInf, kNaN,                      // values outside the bins
-  kIgnored, kOutOfRange, kBadGroup,                  // tokens without a value
-  kSumLo, kSumHi, kSquareLo, kSquareMid, kSquareHi,  // limbs
-  kMaxKey, kMinKey,                                  // merge by maximum, all others by addition
-  kSpecial = 16                                      // the first bin
+  // values outside the bins
+  kZero,
+  kOverflow,
+  kInf,
+  kNaN,
+  // tokens without a value
+  kIgnored,
+  kOutOfRange,
+  kBadGroup,
+  // limbs of sums
+  kSumLo,
+  kSumHi,
+  kSquareLo,
+  kSquareMid,
+  kSquareHi,
+  // extremes: these merge by maximum, all others by addition
+  kMaxKey,
+  kMinKey,
+  kSpecial = 16  // the first bin
 };
 
 inline int32_t bits_of(float x) {
@@ -84,8 +98,8 @@ inline void accumulate(int64_t& sum, int64_t x) {
   sum = static_cast<int64_t>(static_cast<uint64_t>(sum) + static_cast<uint64_t>(x));
 }
 
-// Adds a value, neither NaN nor -inf, with its weight (1 if there are none). For weight 1 all arithmetic is exact but the last
-// rounding of each sum.
+// Adds a value, neither NaN nor -inf, with its weight (1 if there are none). For weight 1 all arithmetic is exact but
+// the last rounding of each sum.
 inline void add(Totals& totals, float value, double weight) {
   const int64_t high = max_key(value), low = min_key(value);
   totals.max_key = high > totals.max_key ? high : totals.max_key;
