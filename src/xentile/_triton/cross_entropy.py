@@ -61,7 +61,7 @@ def cross_entropy(
     # The forward alone divides at the end. A gradient must know the divisor before the first row.
     prepared = kind == "mean" and dlogits is not None and normalizer is None
     groups = 1 if sketch is None else sketch.shape[0]
-    arguments = _inputs(logits, target, weight, token_weight, denominator, ignore_index, zero_if_empty)
+    arguments = _inputs(logits, target, weight, token_weight, ignore_index, zero_if_empty)
     arguments |= _options(label_smoothing, z_loss, softcap, logit_scale)
     arguments |= {
         "N": n,
@@ -121,7 +121,7 @@ def cross_entropy_backward(
     """
     n, v = logits.shape
     device = launch.device_of(logits)
-    arguments = _inputs(logits, target, weight, token_weight, denominator, ignore_index, zero_if_empty=False)
+    arguments = _inputs(logits, target, weight, token_weight, ignore_index, zero_if_empty=False)
     arguments |= _options(label_smoothing, z_loss, softcap, logit_scale)
     arguments |= _gradient_arguments(dloss, dlogits, _aligned_alike(logits, dlogits), filled)
     arguments |= {
@@ -152,18 +152,16 @@ def _inputs(
     target: Tensor,
     weight: Tensor | None,
     token_weight: Tensor | None,
-    like: Tensor,
     ignore_index: int,
     zero_if_empty: bool,
 ) -> dict[str, Any]:
-    """Kernel arguments that all launches share. The sum of the class weights is scratch, filled by `_prepare`."""
+    """Kernel arguments that all launches share."""
     return {
         "x_ptr": logits,
         "x_stride": logits.stride(0),
         "V": logits.shape[1],
         "target_ptr": target,
         "weight_ptr": weight,
-        "weight_sum_ptr": None if weight is None else torch.empty_like(like),
         "token_weight_ptr": token_weight,
         "ignore_index": ignore_index,
         "zero_if_empty": int(zero_if_empty),
@@ -200,10 +198,10 @@ def _aligned_alike(logits: Tensor, dlogits: Tensor) -> bool:
 
 
 def _prepare(arguments: dict[str, Any], divisor: bool, device: launch.Device) -> None:
-    """The divisor of the mean, if it is wanted, and the sum of the class weights, if smoothing needs it."""
-    if not arguments["SMOOTH"]:
-        arguments["weight_sum_ptr"] = None
-    if divisor or arguments["weight_sum_ptr"] is not None:
+    """Compute the divisor of the mean, if it is wanted, and the sum of the class weights, if smoothing needs it."""
+    weighted = arguments["SMOOTH"] and arguments["weight_ptr"] is not None
+    arguments["weight_sum_ptr"] = arguments["weight_ptr"].new_empty(()) if weighted else None
+    if divisor or weighted:
         wanted = arguments | {
             "denominator_ptr": arguments["denominator_ptr"] if divisor else None,
             "BLOCK": finish.BLOCK,

@@ -11,7 +11,7 @@ from xentile._triton.epilogue import (
     read_weights,
     write_row,
 )
-from xentile._triton.row import HUGE, LOG2E, coefficients, slope, transform
+from xentile._triton.row import HUGE, LOG2E, coefficients, difference, power, slope, transform
 from xentile._triton.span import (
     cut,
     empty_state,
@@ -161,11 +161,11 @@ def combine_kernel(
     m = tl.load(partial, mask=here, other=float("-inf"))
     rest = tl.load(partial + 1, mask=here, other=0.0)
     x_max = tl.max(m, 0)
-    # The parts are relative to their exact maxima, so their distance is taken before the product with log2(e) is
-    # rounded.
+    # The parts are relative to their exact maxima, so their distance is taken before the product with log2(e).
     top = tl.maximum(transform(x_max, logit_scale, softcap, TRANSFORM), -HUGE)
-    step = (top - tl.maximum(transform(m, logit_scale, softcap, TRANSFORM), -HUGE)) * LOG2E
-    rescale = tl.exp2(-step)
+    nats, lost = difference(top, tl.maximum(transform(m, logit_scale, softcap, TRANSFORM), -HUGE))
+    step = nats * LOG2E
+    rescale = power(-step, -(tl.fma(nats, LOG2E, -step) + lost * LOG2E))
     gap = 0.0
     if entropy_ptr is not None:
         gap = tl.sum(rescale * (tl.load(partial + 2, mask=here, other=0.0) + step * rest), 0)

@@ -78,6 +78,20 @@ def residue(m, b):
 
 
 @triton.jit
+def difference(a, b):
+    """(a - b, what its rounding lost): TwoSum."""
+    d = a - b
+    part = d - a
+    return d, (a - (d - part)) - (b + part)
+
+
+@triton.jit
+def power(d, lost):
+    """2^(d + lost) for a `lost` far below 1: d = 40 carries a rounding of 2e-6, which would go into a whole sum."""
+    return tl.exp2(d) * (1.0 + lost * LN2)
+
+
+@triton.jit
 def row_terms(m, z_t, rest, gap):
     """(CE, log S, S, entropy) of a row from its maximum m, its target's z_t (-inf if there is none), and the sums
     over j != t rest = sum e_j and gap = sum e_j * (m - z_j) / ln 2, e_j = exp(z_j - m). NaN where m is not finite, as

@@ -13,7 +13,7 @@ by one formula, and over the target's after a barrier.
 import triton
 import triton.language as tl
 
-from xentile._triton.row import LOG2E, gradient, reference_of, residue, slope, transform
+from xentile._triton.row import LOG2E, difference, gradient, power, reference_of, residue, slope, transform
 
 
 @triton.jit
@@ -147,18 +147,19 @@ def finish_span(
     shift = residue(top, b_top)
     arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), LOG2E, -b_top)
     e = tl.where(valid & (columns != t), tl.exp2(arg), 0.0)
-    rescale = tl.exp2(b - b_top)
+    step, lost = difference(b, b_top)
+    rescale = power(step, lost)
     rest_all = tl.sum(rest * rescale, 0) + tl.sum(e, 0)
     gap_all = 0.0
     if ENTROPY:
-        gap_all = tl.sum(rescale * (gap + (b_top - b) * rest), 0) + tl.sum(tl.where(e > 0.0, -arg * e, 0.0), 0)
+        gap_all = tl.sum(rescale * (gap - step * rest), 0) + tl.sum(tl.where(e > 0.0, -arg * e, 0.0), 0)
         gap_all = (gap_all - shift * rest_all) * tl.exp2(shift)
     deficit_all = 0.0
     seen_all = 0.0
     if SMOOTH:
         w = load_weight(weight, columns, valid & is_edge, SMOOTH)
         seen_all = tl.sum(seen, 0) + tl.sum(w, 0)
-        deficit_all = tl.sum(deficit + seen * (b_top - b), 0) + tl.sum(tl.where(valid & is_edge, -arg * w, 0.0), 0)
+        deficit_all = tl.sum(deficit - seen * step, 0) + tl.sum(tl.where(valid & is_edge, -arg * w, 0.0), 0)
         deficit_all -= shift * seen_all
     ahead_all = 0
     if RANK:
