@@ -5,8 +5,10 @@ from xentile.cross_entropy import cross_entropy
 from xentile.module import CrossEntropyLoss
 from xentile.output import CrossEntropyOutput
 from xentile.quantile import quantile
+from xentile.reference import TeacherTopK
 from xentile.sketch import LossSketch
 from xentile.streams import DecayedSketch, WindowedSketch
+from xentile.teacher import teacher_topk
 
 __version__ = "0.1.0"
 
@@ -15,8 +17,10 @@ __all__ = [
     "CrossEntropyOutput",
     "DecayedSketch",
     "LossSketch",
+    "TeacherTopK",
     "WindowedSketch",
     "clustered_confidence_interval",
     "cross_entropy",
     "quantile",
+    "teacher_topk",
 ]

@@ -74,11 +74,28 @@ def same_device(owner: Tensor, owner_name: str, **others: Tensor | None) -> None
             raise RuntimeError(f"{name} must be on the device of {owner_name}, {owner.device}, got {value.device}")
 
 
+def sequence(values: Any, name: str) -> list[Any]:
+    if isinstance(values, (str, Tensor)) or not hasattr(values, "__iter__") or not len(values):
+        raise TypeError(f"{name} must be a sequence of at least one number, got {values!r}")
+    return list(values)
+
+
+def logits_dtype(value: Any, name: str) -> None:
+    if tensor(value, name).dtype not in FLOATS:
+        raise NotImplementedError(f"{name} must be float32, bfloat16, float16 or float64, got {_name(value.dtype)}")
+
+
+def logits(value: Any, name: str) -> None:
+    """(..., V) of a floating point dtype."""
+    logits_dtype(value, name)
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise IndexError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
+
+
 def logits_and_target(logits: Any, target: Any) -> bool:
     """Types, dtypes and shapes. True if the target holds class probabilities, (N, V, d1, ...) as the logits."""
     tensor(logits, "logits"), tensor(target, "target")
-    if logits.dtype not in FLOATS:
-        raise NotImplementedError(f"logits must be float32, bfloat16, float16 or float64, got {_name(logits.dtype)}")
+    logits_dtype(logits, "logits")
     if logits.dim() == 0:
         raise IndexError("logits must have at least 1 dimension, (V), (N, V) or (N, V, d1, ...), got 0")
     if logits.shape[min(logits.dim() - 1, 1)] == 0:

@@ -56,6 +56,12 @@ SCHEMAS = {
     "radix_counts": (
         "(Tensor x, Tensor? mask, Tensor? weights, Tensor prefixes, int shift, int bits, Tensor(a!) counts) -> ()"
     ),
+    # The K largest of each row by (logit, then lowest id), and the rest's masses at temperatures (T,) float32: ids and
+    # logprobs (N, K) int32 and float32, log_z and tail_logprob (N, T) float32. Meaning: reference/teacher.py.
+    "teacher_topk": (
+        "(Tensor logits, Tensor temperatures, Tensor(a!) ids, Tensor(b!) logprobs, Tensor(c!) log_z, "
+        "Tensor(d!) tail_logprob, float softcap, float logit_scale) -> ()"
+    ),
     # Index of the first target that is neither ignored nor in [0, V); -1 if there is none. Synchronises on a GPU.
     "first_bad_target": "(Tensor target, int num_classes, int ignore_index) -> int",
     "first_bad_group": "(Tensor group_ids, int num_groups) -> int",
@@ -96,6 +102,12 @@ def _(sketch, q, value, lower, upper, interpolation):  # type: ignore[no-untyped
 @torch.library.register_fake("xentile::radix_counts")
 def _(x, mask, weights, prefixes, shift, bits, counts):  # type: ignore[no-untyped-def]
     torch._check(x.dim() == 1 and counts.shape == (prefixes.shape[0], 1 << bits))
+
+
+@torch.library.register_fake("xentile::teacher_topk")
+def _(logits, temperatures, ids, logprobs, log_z, tail_logprob, softcap, logit_scale):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2 and ids.shape == logprobs.shape and ids.shape[1] <= logits.shape[1])
+    torch._check(log_z.shape == (logits.shape[0], temperatures.shape[0]))
 
 
 @torch.library.register_fake("xentile::first_bad_target")

@@ -14,8 +14,10 @@ from xentile.reference.cross_entropy import (
 )
 from xentile.reference.quantile import radix_counts
 from xentile.reference.sketch import bin_edges, column_of, sketch_quantile, sketch_update
+from xentile.reference.teacher import TeacherTopK, teacher_topk
 
 __all__ = [
+    "TeacherTopK",
     "Terms",
     "bin_edges",
     "column_of",
@@ -25,5 +27,6 @@ __all__ = [
     "sketch_quantile",
     "sketch_update",
     "soft_cross_entropy",
+    "teacher_topk",
     "transform",
 ]

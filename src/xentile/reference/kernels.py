@@ -132,6 +132,21 @@ def radix_counts(
     reference.radix_counts(x, mask, weights, prefixes, shift, bits, counts)
 
 
+def teacher_topk(
+    logits: Tensor,
+    temperatures: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    log_z: Tensor,
+    tail_logprob: Tensor,
+    softcap: float,
+    logit_scale: float,
+) -> None:
+    results = reference.teacher_topk(logits, ids.shape[1], temperatures, softcap, logit_scale)
+    for out, result in zip((ids, logprobs, log_z, tail_logprob), results, strict=True):
+        out.copy_(result)
+
+
 def first_bad_target(target: Tensor, num_classes: int, ignore_index: int) -> int:
     return _first((target != ignore_index) & ((target < 0) | (target >= num_classes)))
 
