@@ -41,6 +41,10 @@ PRECISIONS = range(1, 11)  # M of the sketches that are offered
 
 INTERPOLATIONS = ("linear", "lower", "higher", "nearest", "midpoint")  # order = the integer code in the ops
 REDUCTIONS = ("none", "mean", "sum")
+SUPPORTS = ("truncated", "teacher_renormalized", "renormalized", "tail_bucket", "sampled")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tv")
+DUPLICATES = ("sum", "first", "refuse")
+FALLBACKS = ("none", "renormalize", "uniform_tail")
 
 
 @dataclass(frozen=True)
