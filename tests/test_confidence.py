@@ -184,6 +184,15 @@ def test_grouped_intervals_of_merged_shards_equal_those_of_the_whole() -> None:
     )
 
 
+def test_the_method_gives_both_kinds_of_interval() -> None:
+    losses, ids = documents(0.6)
+    sketch = xt.LossSketch(groups=32)
+    sketch.update(losses, group_ids=ids % 32)
+    for clustered, function in ((False, confidence_interval), (True, grouped_confidence_interval)):
+        got, wanted = sketch.confidence_interval(Q, clustered=clustered), function(sketch, Q)
+        assert torch.equal(torch.stack(got), torch.stack(wanted))
+
+
 def test_groups_that_are_documents_give_the_clustered_interval_widened() -> None:
     losses, ids = documents(0.6)
     sketch = xt.LossSketch(groups=DOCUMENTS, precision=9)

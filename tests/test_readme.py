@@ -21,7 +21,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(xt.__path__, "xentile.")
     if not module.name.startswith("xentile._triton") and not module.name.endswith(("__main__", "_C_cpu"))
 )
-WITH_EXAMPLES = {f"xentile.{name}" for name in ("cross_entropy", "sketch", "module", "quantile", "streams")}
+WITH_EXAMPLES = {f"xentile.{name}" for name in ("cross_entropy", "sketch", "module", "quantile", "readout", "streams")}
 
 
 def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:

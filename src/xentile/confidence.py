@@ -2,7 +2,8 @@
 
 Tokens of one document are not independent, and an interval that takes them for independent is too short. So there are
 three: of independent values, from a sketch (`confidence_interval`); of documents, from the losses
-(`clustered_confidence_interval`); of documents, from a sketch that is mergeable (`grouped_confidence_interval`).
+(`clustered_confidence_interval`); of documents, from a sketch that is mergeable (`grouped_confidence_interval`, which
+is `sketch.confidence_interval(q, clustered=True)`).
 
 Each is found as two ranks among the counted values, and the values there are its ends: nothing is assumed of the shape
 of the distribution. All wait for the device.
@@ -20,12 +21,11 @@ from torch import Tensor
 
 from xentile import _check
 from xentile import _layout as layout
+from xentile.readout import Readout
 from xentile.sketch import LossSketch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from xentile.readout import Readout
 
 EXACT_UP_TO = 2000.0
 """Standard deviation, in ranks, up to which binomial probabilities are added up term by term."""
@@ -96,7 +96,7 @@ def clustered_confidence_interval(
 
 
 def grouped_confidence_interval(
-    sketch: LossSketch, q: float | Sequence[float] | Tensor, *, level: float = 0.95
+    sketch: Readout, q: float | Sequence[float] | Tensor, *, level: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """(lower, upper) for the quantile q of all groups together, which are independent samples of documents.
 
@@ -114,7 +114,7 @@ def grouped_confidence_interval(
         side; NaN where there are no values.
     """
     _check_level(level)
-    _check.instance(sketch, "sketch", LossSketch)
+    _check.instance(sketch, "sketch", Readout)
     sizes = _counts(sketch)
     wanted = _wanted(q, sketch.device)
     pooled = LossSketch.from_state(sketch.state.sum(0, keepdim=True))

@@ -15,6 +15,8 @@ from xentile.reference.sketch import bin_edges, extremes, ordered_counts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from xentile.reading import PendingReading
+
 
 class Readout:
     """The read-outs that every kind of sketch shares; a subclass provides `state` and `unit`.
@@ -62,6 +64,19 @@ class Readout:
     def quantile_bounds(self, q: float | Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
         """(lower, upper) with lower <= exact quantile <= upper, whatever the interpolation; shapes as `quantile`."""
         return self._quantile(q, "linear")[1:]
+
+    def confidence_interval(
+        self, q: float | Sequence[float] | Tensor, *, level: float = 0.95, clustered: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(lower, upper) that encloses the quantile q of what the values were drawn from, with probability `level`.
+
+        For independent tokens: see `xentile.confidence.confidence_interval`. With `clustered`, tokens of one document
+        need not be: the groups hold whole documents each (`group_ids = document % groups`), and there is one interval
+        for all of them together: see `xentile.confidence.grouped_confidence_interval`. Waits for the device.
+        """
+        from xentile.confidence import confidence_interval, grouped_confidence_interval
+
+        return (grouped_confidence_interval if clustered else confidence_interval)(self, q, level=level)
 
     def _quantile(self, q: float | Sequence[float] | Tensor, interpolation: str) -> tuple[Tensor, Tensor, Tensor]:
         _check.one_of(interpolation, "interpolation", layout.INTERPOLATIONS)
@@ -181,11 +196,44 @@ class Readout:
         """The exact maximum, float32; NaN where nothing was counted."""
         return self._per_group(extremes(self.state)[1])
 
+    # -----------------------------------------------------------------------------------------------------------
+    # to the host
+
+    def read_async(self, q: float | Sequence[float] | Tensor, *, interpolation: str = "linear") -> PendingReading:
+        """The quantiles q, the moments, the extremes and the counts as they are now, on their way to the host.
+
+        Nothing waits: the state is packed into one small tensor on the device, and copied to pinned memory on the
+        current stream. Take the result when it is `ready()`, for instance one step later; the sketch can be updated and
+        reset at once. Pass q as a tensor on the device where a step counts every launch. See `PendingReading`.
+
+        Example:
+            >>> sketch, pending = LossSketch(), None
+            >>> for loss in (1.0, 2.0, 3.0):  # a training loop that logs one step late
+            ...     if pending is not None:
+            ...         reading = pending.result()
+            ...         print(reading.count.item(), round(reading.mean.item(), 3), reading.quantile)
+            ...     sketch.update(torch.tensor([loss, loss + 1]))
+            ...     pending = sketch.read_async([0.0, 1.0])
+            2 1.5 tensor([1., 2.])
+            4 2.0 tensor([1., 3.])
+        """
+        from xentile.reading import read_async
+
+        return read_async(self, q, interpolation=interpolation)
+
     def summary(self) -> str:
         """One readable block (a line a group): tokens, mean, percentiles, maximum. Waits for the device."""
         from xentile.summary import sketch_summary
 
         return sketch_summary(self)
+
+    def _condensed(self) -> dict[str, Tensor]:
+        """What counts, moments and extremes are computed from, by attribute: contiguous (G, k) tensors of 8 bytes.
+
+        The state is here with a single bin: they need but the sum of the bins.
+        """
+        bins = self.state[:, layout.SPECIAL :].sum(1, keepdim=True)
+        return {"state": torch.cat([self.state[:, : layout.SPECIAL], bins], 1)}
 
     def _row_count(self) -> Tensor:
         return self.state[:, layout.SPECIAL :].sum(1) + self.state[:, : layout.INF + 1].sum(1)

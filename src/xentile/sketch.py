@@ -15,7 +15,7 @@ from xentile.readout import Readout
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     import torch.distributed as dist
 
@@ -167,12 +167,6 @@ class LossSketch(Readout):
         from xentile.distributed import all_reduce_
 
         all_reduce_(self, process_group, check=check)
-
-    def confidence_interval(self, q: float | Sequence[float] | Tensor, *, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """(lower, upper) for the quantile q of independent tokens: see `xentile.confidence.confidence_interval`."""
-        from xentile.confidence import confidence_interval
-
-        return confidence_interval(self, q, level=level)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checksummed file, whole or not at all: see `xentile.persistence.save`."""

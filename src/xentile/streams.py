@@ -14,8 +14,6 @@ from xentile.readout import Readout
 from xentile.reference.sketch import bin_edges
 from xentile.sketch import WEIGHT_UNIT, LossSketch
 
-"""The columns that merge by maximum; the others merge by addition."""
-
 SUMS = ((layout.SUM_HI, layout.SUM_LO), (layout.SQ_HI, layout.SQ_MID, layout.SQ_LO))
 """The limbs of each sum, the highest first; one unit of a limb is 2**28 units of the next."""
 
@@ -35,13 +33,26 @@ class Stream(Readout):
 
     current: LossSketch
 
-    def __init__(self, device: torch.device | str | None, groups: int, precision: int) -> None:
-        self.current = LossSketch(device, groups=groups, precision=precision)
+    def __init__(self, device: torch.device | str | None, groups: int, precision: int, weighted: bool) -> None:
+        self.current = LossSketch(device, groups=groups, precision=precision, weighted=weighted)
         self.state = torch.zeros_like(self.current.state)
+        self.unit = self.current.unit
 
-    def update(self, values: Tensor, mask: Tensor | None = None, *, group_ids: Tensor | None = None) -> None:
-        """A whole step in one call: `current.update(values, mask, group_ids=group_ids)`, then `step()`."""
-        self.current.update(values, mask, group_ids=group_ids)
+    @property
+    def weighted(self) -> bool:
+        """Whether values have weights."""
+        return self.current.weighted
+
+    def update(
+        self,
+        values: Tensor,
+        mask: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        group_ids: Tensor | None = None,
+    ) -> None:
+        """A whole step in one call: `current.update` with the same arguments, then `step()`."""
+        self.current.update(values, mask, weights=weights, group_ids=group_ids)
         self.step()
 
     def step(self) -> None:
@@ -69,7 +80,7 @@ class Stream(Readout):
         return {**self._options(), **{name: buffer.clone() for name, buffer in self._buffers().items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace all there is, in place. Window or half-life, groups and precision must agree."""
+        """Replace all there is, in place. Window or half-life, groups, precision and weighting must agree."""
         _check.instance(state_dict, "state_dict", dict)
         options, buffers = self._options(), self._buffers()
         if set(state_dict) != options.keys() | buffers.keys():
@@ -99,7 +110,7 @@ class Stream(Readout):
 
     def _options(self) -> dict[str, float]:
         """What the constructor was told, as far as the shapes of the buffers don't show it."""
-        raise NotImplementedError
+        return {"weighted": self.weighted}
 
     def _buffers(self) -> dict[str, Tensor]:
         return {"state": self.state, "current": self.current.state}
@@ -117,6 +128,7 @@ class WindowedSketch(Stream):
         groups: G >= 1 separate histograms, chosen by `group_ids`.
         precision: M in 1 ... 10 mantissa bits. The ring takes W * G * (32 * 2**M + 16) * 8 bytes, at M = 7 about 32 KiB
             a step and group.
+        weighted: values have real weights, as in a weighted LossSketch, and counts are total weights.
 
     Example:
         >>> stream = WindowedSketch(window=2)
@@ -126,14 +138,18 @@ class WindowedSketch(Stream):
         (tensor(3.), tensor(8.), tensor(4))
     """
 
-    unit = 1
-
     def __init__(
-        self, window: int, device: torch.device | str | None = None, *, groups: int = 1, precision: int = 7
+        self,
+        window: int,
+        device: torch.device | str | None = None,
+        *,
+        groups: int = 1,
+        precision: int = 7,
+        weighted: bool = False,
     ) -> None:
         if _check.integer(window, "window") < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        super().__init__(device, groups, precision)
+        super().__init__(device, groups, precision, weighted)
         self.window = window
         self._ring = torch.zeros(window, *self.state.shape, dtype=torch.int64, device=self.device)
         self._steps = torch.zeros(1, dtype=torch.int64, device=self.device)  # closed so far; on the device for graphs
@@ -146,7 +162,7 @@ class WindowedSketch(Stream):
         self._steps += 1
 
     def _options(self) -> dict[str, float]:
-        return {"window": self.window}
+        return {"window": self.window, **super()._options()}
 
     def _buffers(self) -> dict[str, Tensor]:
         return {**super()._buffers(), "ring": self._ring, "steps": self._steps}
@@ -170,6 +186,7 @@ class DecayedSketch(Stream):
         groups: G >= 1 separate histograms, chosen by `group_ids`. They decay with every step, also one that has no
             token for them.
         precision: M in 1 ... 10 mantissa bits.
+        weighted: values have real weights of their own, as in a weighted LossSketch, which decay from there.
 
     Attributes:
         decay: 2**(-1 / halflife).
@@ -182,19 +199,26 @@ class DecayedSketch(Stream):
         (tensor(1.7500, dtype=torch.float64), tensor(1.7143, dtype=torch.float64))
     """
 
-    unit = WEIGHT_UNIT
-
     def __init__(
-        self, halflife: float, device: torch.device | str | None = None, *, groups: int = 1, precision: int = 7
+        self,
+        halflife: float,
+        device: torch.device | str | None = None,
+        *,
+        groups: int = 1,
+        precision: int = 7,
+        weighted: bool = False,
     ) -> None:
-        super().__init__(device, groups, precision)
+        super().__init__(device, groups, precision, weighted)
+        self.unit = WEIGHT_UNIT
         self.halflife = _check.positive(halflife, "halflife")
         self.decay: float = 2.0 ** (-1 / self.halflife)
-        self._weight_sums = torch.zeros(2, self.groups, dtype=torch.float64, device=self.device)  # of w, of w^2
+        self._weight_sums = torch.zeros(self.groups, 2, dtype=torch.float64, device=self.device)  # of w, of w^2
         self._decays = torch.empty_like(self._weight_sums)
-        self._decays[0], self._decays[1] = self.decay, self.decay**2
-        # What a step's columns are multiplied by: the sums are in their own units, the extremes don't add.
-        self._scale = torch.full_like(self.state[0], self.unit)
+        self._decays[:, 0], self._decays[:, 1] = self.decay, self.decay**2
+        # What a step's columns are multiplied by. Values may have come in the unit; tokens that are only counted never
+        # do. The sums are in their own units, and the extremes don't add.
+        self._scale = torch.full_like(self.state[0], self.unit // self.current.unit)
+        self._scale[layout.IGNORED : layout.BAD_GROUP + 1] = self.unit
         self._scale[layout.SUM_LO : layout.SQ_HI + 1] = 1
         self._scale[layout.EXTREMES] = 0
         self._ends = bucket_ends(self.layout, self.device)
@@ -204,8 +228,13 @@ class DecayedSketch(Stream):
 
         That many values of equal weight make a mean with the same variance, if values are independent. For n values a
         step it tends to n * (1 + decay) / (1 - decay), about 2.89 * halflife * n.
+
+        Raises:
+            ValueError: if values have weights of their own: a sketch doesn't know the sum of their squares.
         """
-        total, squares = self._weight_sums
+        if self.weighted:
+            raise ValueError("effective_count needs values without weights, got weighted=True")
+        total, squares = self._weight_sums.unbind(1)
         return self._per_group(torch.where(self._row_count() > 0, total**2 / squares, 0.0))
 
     def ignored_count(self) -> Tensor:
@@ -218,7 +247,7 @@ class DecayedSketch(Stream):
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """As many of the sums as the bins have kept of the weight, so that a mean is over the exact weight."""
-        kept = self._row_count().double() / self.unit / self._weight_sums[0]
+        kept = self._row_count().double() / self.unit / self._weight_sums[:, 0]
         total, square = super()._sums()
         return total * kept, square * kept
 
@@ -229,7 +258,7 @@ class DecayedSketch(Stream):
         self.state += now * self._scale
         reach = torch.where((self.state > 0)[:, :, None], self._ends, 0).amax(1)
         self.state[:, layout.EXTREMES] = torch.minimum(extremes, reach)
-        self._weight_sums.mul_(self._decays).add_(self.current._row_count().double())
+        self._weight_sums.mul_(self._decays).add_(self.current._row_count().double()[:, None] / self.current.unit)
 
     def _fade(self) -> None:
         """Multiply the additive columns by `decay`: a limb's fraction goes to the next, the rest is dropped."""
@@ -242,8 +271,11 @@ class DecayedSketch(Stream):
                 carry = (value - faded[:, column]) * 2.0**28
         self.state.copy_(faded.trunc_())
 
+    def _condensed(self) -> dict[str, Tensor]:
+        return {**super()._condensed(), "_weight_sums": self._weight_sums}
+
     def _options(self) -> dict[str, float]:
-        return {"halflife": self.halflife}
+        return {"halflife": self.halflife, **super()._options()}
 
     def _buffers(self) -> dict[str, Tensor]:
         return {**super()._buffers(), "weight_sums": self._weight_sums}
