@@ -39,6 +39,49 @@ SCHEMAS = {
         "Tensor token_loss, Tensor row_max, Tensor sum_exp, Tensor(a!) dlogits, int ignore_index, int reduction, "
         "float label_smoothing, float z_loss, float softcap, float logit_scale, bool filled) -> ()"
     ),
+    # A teacher's top K, as it comes, in one canonical form: sorted_ids (N, K) int32 strictly ascending up to the
+    # sentinel num_classes, tempered log-masses sorted_logprobs (N, K), and of what is outside tail (N,); mass (N,).
+    "topk_support": (
+        "(Tensor ids, Tensor logprobs, Tensor? log_z, Tensor? tail_logprob, Tensor? token_temperature, "
+        "Tensor(a!) sorted_ids, Tensor(b!) sorted_logprobs, Tensor(c!) tail, Tensor(d!) mass, "
+        "int num_classes, int support, int duplicates, int fallback, float temperature) -> ()"
+    ),
+    # As cross_entropy, against that form. rest (N, 3): what a row sums outside the support and the target, for the
+    # backward: the maximum of z, and the sums of exp relative to it at the temperature and at temperature 1.
+    "topk_distillation": (
+        "(Tensor logits, Tensor ids, Tensor logprobs, Tensor tail, Tensor? target, Tensor? token_weight, "
+        "Tensor? normalizer, Tensor? token_temperature, Tensor? group_ids, "
+        "Tensor(a!) loss, Tensor(b!) denominator, Tensor(c!) kd_loss, Tensor(d!) token_loss, Tensor(e!) student_mass, "
+        "Tensor(f!) rest, Tensor(g!)? sketch, Tensor(h!)? kd_sketch, Tensor(i!)? dlogits, "
+        "int ignore_index, int reduction, int support, int divergence, float beta, float temperature, "
+        "bool temperature_squared, float kd_weight, float ce_weight, float softcap, float logit_scale, "
+        "bool zero_if_empty) -> ()"
+    ),
+    "topk_distillation_backward": (
+        "(Tensor dloss, Tensor logits, Tensor ids, Tensor logprobs, Tensor tail, Tensor? target, "
+        "Tensor? token_weight, Tensor? token_temperature, Tensor denominator, Tensor token_loss, Tensor rest, "
+        "Tensor(a!) dlogits, int ignore_index, int reduction, int support, int divergence, float beta, "
+        "float temperature, bool temperature_squared, float kd_weight, float ce_weight, float softcap, "
+        "float logit_scale, bool filled) -> ()"
+    ),
+    # Against a teacher's logits (N, V). rows (N, 6), for the backward: the student's maximum of z, its sums of exp at
+    # the temperature and at temperature 1, the teacher's maximum and sum, and E (reference/distillation.py).
+    "distillation": (
+        "(Tensor logits, Tensor teacher_logits, Tensor? target, Tensor? token_weight, Tensor? normalizer, "
+        "Tensor? token_temperature, Tensor? group_ids, "
+        "Tensor(a!) loss, Tensor(b!) denominator, Tensor(c!) kd_loss, Tensor(d!) token_loss, Tensor(e!) rows, "
+        "Tensor(f!)? sketch, Tensor(g!)? kd_sketch, Tensor(h!)? dlogits, "
+        "int ignore_index, int reduction, int divergence, float beta, float temperature, "
+        "bool temperature_squared, float kd_weight, float ce_weight, float softcap, float logit_scale, "
+        "bool zero_if_empty) -> ()"
+    ),
+    "distillation_backward": (
+        "(Tensor dloss, Tensor logits, Tensor teacher_logits, Tensor? target, Tensor? token_weight, "
+        "Tensor? token_temperature, Tensor denominator, Tensor token_loss, Tensor rows, Tensor(a!) dlogits, "
+        "int ignore_index, int reduction, int divergence, float beta, float temperature, "
+        "bool temperature_squared, float kd_weight, float ce_weight, float softcap, float logit_scale, "
+        "bool filled) -> ()"
+    ),
     # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1. For a gradient in place.
     "scale_": "(Tensor(a!) x, Tensor scale) -> ()",
     # Adds values (N,) float32, where mask (N,) bool holds, to the sketch; each counts `unit`, or its weight in that
@@ -110,6 +153,31 @@ def _(logits, temperatures, ids, logprobs, log_z, tail_logprob, softcap, logit_s
     torch._check(log_z.shape == (logits.shape[0], temperatures.shape[0]))
 
 
+@torch.library.register_fake("xentile::topk_support")
+def _(ids, logprobs, log_z, tail_logprob, token_temperature, sorted_ids, *rest):  # type: ignore[no-untyped-def]
+    torch._check(ids.dim() == 2 and ids.shape == logprobs.shape and ids.shape == sorted_ids.shape)
+
+
+@torch.library.register_fake("xentile::topk_distillation")
+def _(logits, ids, logprobs, *rest):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2 and ids.shape == logprobs.shape and ids.shape[0] == logits.shape[0])
+
+
+@torch.library.register_fake("xentile::topk_distillation_backward")
+def _(dloss, logits, ids, logprobs, *rest):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2 and ids.shape == logprobs.shape and ids.shape[0] == logits.shape[0])
+
+
+@torch.library.register_fake("xentile::distillation")
+def _(logits, teacher_logits, *rest):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2 and teacher_logits.shape == logits.shape)
+
+
+@torch.library.register_fake("xentile::distillation_backward")
+def _(dloss, logits, teacher_logits, *rest):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2 and teacher_logits.shape == logits.shape)
+
+
 @torch.library.register_fake("xentile::first_bad_target")
 def _(target, num_classes, ignore_index):  # type: ignore[no-untyped-def]
     return -1  # values are not known while tracing; kernels give NaN for a bad target
@@ -135,11 +203,12 @@ def _load_native() -> str | None:
 
 def _register_reference() -> None:
     """Plain PyTorch for every device that has no kernels of its own, in particular a CPU without the native library."""
-    from xentile.reference import kernels
+    from xentile.reference import distillation_kernels, kernels
 
     native = {"isa"} if NATIVE_UNAVAILABLE is None else set()  # it has no tensor to dispatch on: one owner
     for name in SCHEMAS.keys() - native:
-        torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", getattr(kernels, name))
+        module = kernels if hasattr(kernels, name) else distillation_kernels
+        torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", getattr(module, name))
 
 
 TRITON = {

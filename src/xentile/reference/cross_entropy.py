@@ -62,7 +62,7 @@ def cross_entropy(
 
     and the mean divides by `normalizer`, or by the sum of u * w_t over the tokens that count.
     """
-    valid, live, t, x = _rows(logits, target, ignore_index)
+    valid, live, t, x = rows_of(logits, target, ignore_index)
     z = transform(x, logit_scale, softcap)
     z_t = z.gather(1, t[:, None])[:, 0]
     at_target = torch.arange(z.shape[1], device=z.device) == t[:, None]
@@ -90,7 +90,7 @@ def cross_entropy(
         row, counted = row * token_weight, counted * token_weight
     bad = valid & ~live
     row = torch.where(live, row, 0.0).masked_fill(bad, torch.nan)
-    loss, denominator = _reduce(row, torch.where(live, counted, 0.0), normalizer, reduction, zero_if_empty)
+    loss, denominator = reduce_rows(row, torch.where(live, counted, 0.0), normalizer, reduction, zero_if_empty)
 
     with torch.no_grad():
         predicted = x.argmax(1)
@@ -133,7 +133,7 @@ def cross_entropy_gradient(
     dx_j = (A p_j - C w_j) J_j,  p_j = exp(z_j - m) / S,  J_j = dz_j/dx_j,  and at the target, from 1 - p_t =
     -expm1(-CE), dx_t = g [-(1 - eps) w_t (1 - p_t) + (eps / V) (W p_t - w_t) + 2 lambda lse p_t] J_t.
     """
-    _, live, t, x = _rows(logits, target, ignore_index)
+    _, live, t, x = rows_of(logits, target, ignore_index)
     size = x.shape[1]
     z = transform(x, logit_scale, softcap)
     jacobian = logit_scale * (1 - (z / softcap) ** 2) if softcap else torch.full_like(z, logit_scale)
@@ -191,7 +191,7 @@ def soft_cross_entropy(
     counted = torch.ones_like(lse)
     if token_weight is not None:
         row, counted = row * token_weight, token_weight
-    loss, denominator = _reduce(row, counted, normalizer, reduction, zero_if_empty)
+    loss, denominator = reduce_rows(row, counted, normalizer, reduction, zero_if_empty)
 
     with torch.no_grad():
         predicted, best = x.argmax(1), q.argmax(1)
@@ -215,7 +215,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _rows(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows_of(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Valid (N,), live (N,), a target that can be gathered (N,), and x (N, V) with ignored rows replaced by zeros."""
     target = target.long()
     valid = target != ignore_index
@@ -234,7 +234,7 @@ def _before(index: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=index.device) < index[:, None]
 
 
-def _reduce(
+def reduce_rows(
     row: Tensor, counted: Tensor, normalizer: Tensor | None, reduction: str, zero_if_empty: bool
 ) -> tuple[Tensor, Tensor]:
     """(loss, denominator), summed in float64. An empty mean is 0 / 0 = NaN, or 0 / inf = 0 on request."""
