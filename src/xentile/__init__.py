@@ -1,5 +1,6 @@
 """Cross-entropy for language models that also returns the percentiles of the per-token loss."""
 
+from xentile.cache import TopKCache
 from xentile.confidence import clustered_confidence_interval
 from xentile.cross_entropy import cross_entropy
 from xentile.module import CrossEntropyLoss
@@ -18,6 +19,7 @@ __all__ = [
     "DecayedSketch",
     "LossSketch",
     "TeacherTopK",
+    "TopKCache",
     "WindowedSketch",
     "clustered_confidence_interval",
     "cross_entropy",
