@@ -3,6 +3,8 @@
 from xentile.cache import TopKCache
 from xentile.confidence import clustered_confidence_interval
 from xentile.cross_entropy import cross_entropy
+from xentile.distillation import distillation_loss
+from xentile.distillation_output import DistillationOutput
 from xentile.module import CrossEntropyLoss
 from xentile.output import CrossEntropyOutput
 from xentile.quantile import quantile
@@ -10,6 +12,7 @@ from xentile.reference import TeacherTopK
 from xentile.sketch import LossSketch
 from xentile.streams import DecayedSketch, WindowedSketch
 from xentile.teacher import teacher_topk
+from xentile.topk_distillation import topk_distillation_loss
 
 __version__ = "0.1.0"
 
@@ -17,12 +20,15 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
     "DecayedSketch",
+    "DistillationOutput",
     "LossSketch",
     "TeacherTopK",
     "TopKCache",
     "WindowedSketch",
     "clustered_confidence_interval",
     "cross_entropy",
+    "distillation_loss",
     "quantile",
     "teacher_topk",
+    "topk_distillation_loss",
 ]

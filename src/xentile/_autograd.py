@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xentile import _layout, reference
+from xentile import _gradient, _layout, reference
 from xentile._ops import ops
 from xentile.reference import kernels
 
@@ -42,7 +42,7 @@ def run(inputs: Inputs, options: Options, *, soft: bool, entropy: bool, target_r
     """(loss, token_loss, lse, predicted, correct, entropy, target_rank), the last two None unless asked for."""
     if recomputing():
         inputs = inputs._replace(state=None)
-    if soft or _transformed() or any(t is not None and t.requires_grad for t in inputs[2:5]):
+    if soft or transformed() or any(t is not None and t.requires_grad for t in inputs[2:5]):
         return _through_reference(inputs, options, soft, entropy, target_rank)
     compiling = torch.compiler.is_compiling()
     overwrite = inplace and not compiling  # a compiler plans memory itself
@@ -59,7 +59,7 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
@@ -83,28 +83,17 @@ def _forward(
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """With mean and sum, forward writes the gradient for dloss = 1 in the same launch.
-
-    The first backward hands that buffer out: as it is when dloss is 1, else filled anew from the logits, because
-    scaling a gradient that is already rounded (to float16, by a GradScaler's 65536) would lose its small elements. A
-    second backward (retain_graph) computes it again, with the same formula and hence the same bits.
-    """
+    """The operator with its gradient; when that is written and handed out is said in _gradient.py."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         inputs, options = Inputs(*args[:7]), Options(*args[7:14])
         entropy, target_rank, inplace, fused = args[14:]
-        logits = inputs.logits
-        dlogits = None
-        if fused and options.reduction != 0:
-            dlogits = logits.detach() if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        fused = fused and options.reduction != 0
+        dlogits = _gradient.reserve(ctx, inputs.logits, fused=fused, inplace=inplace)
         results, rows = _forward(inputs, options, entropy, target_rank, dlogits)
-        if inplace and dlogits is not None:
-            torch.autograd.graph.increment_version(logits)
-        ctx.dlogits, ctx.inplace, ctx.options = dlogits, inplace, options
-        # in place, the logits are gone after a fused forward: saving them would only provoke autograd's version check
-        ctx.overwritten = inplace and dlogits is not None
-        saved = None if ctx.overwritten else logits
+        saved = _gradient.launched(ctx, inputs.logits)
+        ctx.options = options
         weights = (inputs.weight, inputs.token_weight, inputs.normalizer)
         ctx.save_for_backward(saved, inputs.target, *weights, *rows)
         ctx.mark_non_differentiable(*(t for t in results[1:] if t is not None))
@@ -118,32 +107,18 @@ class CrossEntropyFunction(torch.autograd.Function):
             return (None, *none)
         if torch.is_grad_enabled():
             return (_differentiable_gradient(ctx, dloss), *none)
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        filled = dlogits is not None
-        if ctx.overwritten:
-            if dlogits is None:
-                raise RuntimeError(
-                    "inplace=True: the first backward handed out the gradient, and the logits are overwritten"
-                )
-            ops.scale_.default(dlogits, dloss)
-            return (dlogits, *none)
         logits, target, weight, token_weight, _normalizer, *rows = ctx.saved_tensors
-        if dlogits is None:
-            dlogits = (
-                logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-            )
-        arguments = (dloss.contiguous(), logits, target, weight, token_weight, *rows, dlogits, *ctx.options[:6], filled)
-        ops.cross_entropy_backward.default(*arguments)
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(logits)
-            ctx.overwritten = True
-        return (dlogits, *none)
+
+        def fill(dlogits: Tensor, filled: bool) -> None:
+            inputs = (dloss.contiguous(), logits, target, weight, token_weight, *rows)
+            ops.cross_entropy_backward.default(*inputs, dlogits, *ctx.options[:6], filled)
+
+        return (_gradient.hand_out(ctx, dloss, logits, fill), *none)
 
 
 def _differentiable_gradient(ctx: Any, dloss: Tensor) -> Tensor:
     """create_graph=True: the gradient as a differentiable function of logits and dloss, through the reference."""
-    if ctx.inplace:
-        raise RuntimeError("inplace=True: the logits are overwritten, so the gradient cannot be differentiated again")
+    _gradient.refuse_inplace(ctx)
     logits, target, weight, token_weight, normalizer, *_ = ctx.saved_tensors
     inputs = Inputs(logits, target, weight, token_weight, normalizer, None, None)
     loss = _reference_terms(inputs, ctx.options, soft=False).loss
@@ -162,7 +137,7 @@ def _reference_terms(inputs: Inputs, options: Options, soft: bool) -> reference.
 
 def _through_reference(inputs: Inputs, options: Options, soft: bool, entropy: bool, target_rank: bool) -> Results:
     """Plain PyTorch: for torch.func transforms, class probabilities, and gradients of the weights or the normalizer."""
-    if inputs.state is not None and _transformed():
+    if inputs.state is not None and transformed():
         raise ValueError(
             "sketch= can't be updated inside a torch.func transform: return token_loss, and update it outside"
         )

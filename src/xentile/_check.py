@@ -82,7 +82,9 @@ def sequence(values: Any, name: str) -> list[Any]:
 
 def logits_dtype(value: Any, name: str) -> None:
     if tensor(value, name).dtype not in FLOATS:
-        raise NotImplementedError(f"{name} must be float32, bfloat16, float16 or float64, got {_name(value.dtype)}")
+        raise NotImplementedError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(value.dtype)}"
+        )
 
 
 def logits(value: Any, name: str) -> None:
@@ -103,7 +105,7 @@ def logits_and_target(logits: Any, target: Any) -> bool:
     if target.shape == logits.shape and (target.is_floating_point() or target.dim() > 1):
         if not target.is_floating_point():
             raise RuntimeError(
-                f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}"
+                f"Expected floating point type for target with class probabilities, got {dtype_name(target.dtype)}"
             )
         return True
     _index_target(logits, target)
@@ -126,7 +128,7 @@ def _index_target(logits: Tensor, target: Tensor) -> None:
         if got != expected:
             raise RuntimeError(f"Expected target size {list(expected)}, got {list(got)}")
     if target.dtype not in (torch.int64, torch.int32, torch.uint8):
-        raise RuntimeError(f"expected target dtype to be Long, Int or Byte, but got {_name(target.dtype)}")
+        raise RuntimeError(f"expected target dtype to be Long, Int or Byte, but got {dtype_name(target.dtype)}")
 
 
 def class_weight(weight: Any, size: int) -> None:
@@ -160,7 +162,7 @@ def normalizer(value: Any, reduction: str, device: torch.device) -> None:
     elif value.dim() != 0:
         raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     elif value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"normalizer must be a real number, got {_name(value.dtype)}")
+        raise TypeError(f"normalizer must be a real number, got {dtype_name(value.dtype)}")
     elif value.device not in (device, torch.device("cpu")):
         raise RuntimeError(f"normalizer must be on the device of logits, {device}, or on the CPU, got {value.device}")
 
@@ -173,14 +175,14 @@ def group_ids(ids: Any, shape: tuple[int, ...], sketch: Any) -> None:
     if tuple(tensor(ids, "group_ids").shape) != shape:
         raise ValueError(f"group_ids must have one entry a token, {shape}, got shape {tuple(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"group_ids must be int64 or int32, got {_name(ids.dtype)}")
+        raise TypeError(f"group_ids must be int64 or int32, got {dtype_name(ids.dtype)}")
 
 
 def mask(value: Any, shape: tuple[int, ...]) -> None:
     if value is None:
         return
     if tensor(value, "mask").dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {_name(value.dtype)}")
+        raise TypeError(f"mask must be bool, got {dtype_name(value.dtype)}")
     if tuple(value.shape) != shape:
         raise ValueError(f"mask must have the shape of values, {shape}, got {tuple(value.shape)}")
 
@@ -193,7 +195,7 @@ def like_values(value: Any, name: str, shape: tuple[int, ...]) -> None:
 
 def sketch_state(state: Any) -> None:
     if tensor(state, "state").dtype != torch.int64:
-        raise TypeError(f"state must be int64, got {_name(state.dtype)}")
+        raise TypeError(f"state must be int64, got {dtype_name(state.dtype)}")
     widths = [Layout(bits).width for bits in PRECISIONS]
     if state.dim() != 2 or state.shape[0] < 1 or state.shape[1] not in widths:
         raise ValueError(f"state must have shape (G, width) with width in {widths}, got {tuple(state.shape)}")
@@ -208,7 +210,7 @@ def unweighted(sketch: Any) -> None:
 
 def group_range(ids: Tensor | None, groups: int, *, wait: bool = False) -> None:
     """IndexError for a group that does not exist, on a CPU or where the caller accepts to wait for the device."""
-    if ids is None or _values_hidden() or not (wait or ids.device.type == "cpu"):
+    if ids is None or values_hidden() or not (wait or ids.device.type == "cpu"):
         return
     first = ops.first_bad_group.default(ids, groups)
     if first >= 0:
@@ -217,13 +219,25 @@ def group_range(ids: Tensor | None, groups: int, *, wait: bool = False) -> None:
 
 def target_range(target: Tensor, size: int, ignore_index: int, *, wait: bool = False) -> None:
     """IndexError for a target out of range: free on a CPU, and only on request where it would wait for the device."""
-    if _values_hidden() or not (wait or target.device.type == "cpu"):
+    if values_hidden() or not (wait or target.device.type == "cpu"):
         return
     first = ops.first_bad_target.default(target, size, ignore_index)
     if first >= 0:
         raise IndexError(
             f"Target {int(target[first])} is out of bounds: target must be in [0, {size}) "
             f"or ignore_index={ignore_index}, at flat position {first}"
+        )
+
+
+def all_positive(value: Tensor, name: str, *, wait: bool = False) -> None:
+    """ValueError for an entry that is not, where values can be read."""
+    if values_hidden() or not (wait or value.device.type == "cpu"):
+        return
+    wrong = (~((value > 0) & value.isfinite())).nonzero()
+    if len(wrong):
+        first = int(wrong[0, 0])
+        raise ValueError(
+            f"{name} must be finite and greater than 0, got {float(value[first])} at flat position {first}"
         )
 
 
@@ -239,18 +253,19 @@ def soft_target(soft: bool, ignore_index: int, inplace: bool) -> None:
         raise ValueError("inplace=True is not supported for a target of class probabilities")
 
 
-def inplace(wanted: bool, logits: Tensor) -> None:
+def inplace(wanted: bool, logits: Tensor, *, name: str = "logits", vocab_last: bool = False) -> None:
     if not wanted:
         return
-    if logits.dim() > 2 or not logits.is_contiguous():
+    if (logits.dim() > 2 and not vocab_last) or not logits.is_contiguous():
+        shape = "(..., V)" if vocab_last else "(V) or (N, V)"
         raise ValueError(
-            "inplace=True needs contiguous logits of shape (V) or (N, V), "
+            f"inplace=True needs contiguous {name} of shape {shape}, "
             f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
         )
     owner = logits if logits._base is None else logits._base
     if owner.is_leaf and owner.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            "inplace=True would overwrite logits, a leaf that requires grad: its value is needed by its owner"
+            f"inplace=True would overwrite {name}, a leaf that requires grad: its value is needed by its owner"
         )
 
 
@@ -282,15 +297,15 @@ def _as_numbers(x: Any, name: str) -> list[float]:
     return [number(value, name) for value in x]
 
 
-def _values_hidden() -> bool:
+def values_hidden() -> bool:
     """No value can be read while compiling or under torch.func: the kernels' NaN for a bad target has to do."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def floating(value: Tensor, name: str, error: type[Exception] = RuntimeError) -> None:
     if not value.is_floating_point():
-        raise error(f"{name} must be a floating point tensor, got {_name(value.dtype)}")
+        raise error(f"{name} must be a floating point tensor, got {dtype_name(value.dtype)}")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -246,5 +246,5 @@ def _check_ids(ids: Any, losses: Tensor) -> None:
     if tuple(_check.tensor(ids, "document_ids").shape) != tuple(losses.shape):
         raise ValueError(f"document_ids must have the shape of losses, {tuple(losses.shape)}, got {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"document_ids must be integers, got {_check._name(ids.dtype)}")
+        raise TypeError(f"document_ids must be integers, got {_check.dtype_name(ids.dtype)}")
     _check.same_device(losses, "losses", document_ids=ids)

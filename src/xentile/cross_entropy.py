@@ -114,10 +114,10 @@ def cross_entropy(
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     inputs = Inputs(
         logits=_rows(logits, vocab_dim, size),
-        target=_rows(target, vocab_dim, size) if soft else _indices(target),
+        target=_rows(target, vocab_dim, size) if soft else indices(target),
         weight=None if weight is None else weight.to(acc).contiguous(),
         token_weight=None if token_weight is None else token_weight.reshape(-1).to(acc).contiguous(),
-        normalizer=_scalar(normalizer, acc, logits.device),
+        normalizer=scalar(normalizer, acc, logits.device),
         group_ids=None if group_ids is None else group_ids.reshape(-1).long().contiguous(),
         state=state,
     )
@@ -163,12 +163,13 @@ def _rows(x: Tensor, vocab_dim: int, size: int) -> Tensor:
     return x if x.stride(1) == 1 or size <= 1 else x.contiguous()
 
 
-def _indices(target: Tensor) -> Tensor:
+def indices(target: Tensor) -> Tensor:
+    """Flat, contiguous, and int32 or int64."""
     flat = target.reshape(-1).contiguous()
     return flat if flat.dtype == torch.int32 else flat.long()
 
 
-def _scalar(value: Tensor | float | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def scalar(value: Tensor | float | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A 0-d tensor on the device, without waiting for it: a number is filled in there, not copied from the host."""
     if value is None:
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from xentile.distillation_output import DistillationOutput
     from xentile.output import CrossEntropyOutput
     from xentile.readout import Readout
 
@@ -45,6 +46,21 @@ def output_summary(output: CrossEntropyOutput) -> str:
         facts.append(f"median target rank {int(output.target_rank[live].median())}")
     lines.append(", ".join(facts))
     lines += [_tokens(n, what) for n, what in ((ignored, "ignored"), (bad, "with a target out of range")) if n]
+    return "\n".join(lines)
+
+
+def distillation_summary(output: DistillationOutput) -> str:
+    """The divergences, the cross-entropies if there are any, and the mean masses on the support."""
+    lines = ["divergence", sketch_summary(output.kd_sketch())]
+    if output.token_loss is not None:
+        lines += ["cross-entropy", sketch_summary(output.sketch())]
+    masses = []
+    for name, mass in (("teacher", output.teacher_mass), ("student", output.student_mass)):
+        if mass is not None:
+            counted = mass if output.counted is None else mass[output.counted]
+            masses.append(f"{name} {_number(float(counted.double().mean()))}")
+    if masses:
+        lines.append(f"mean mass on the support: {', '.join(masses)}")
     return "\n".join(lines)
 
 

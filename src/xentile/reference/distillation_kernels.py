@@ -93,7 +93,7 @@ def topk_distillation(
     for out, value in zip(outputs, terms, strict=True):
         out.copy_(value)
     rest.copy_(_rest(logits, ids, target, task))
-    _count(terms, target, group_ids, sketch, kd_sketch, ignore_index, logits.shape[1])
+    count(terms, target, group_ids, sketch, kd_sketch, ignore_index, logits.shape[1])
     if dlogits is not None:
         one = torch.ones_like(denominator)
         saved = (target, token_weight, terms.denominator, task)
@@ -175,7 +175,7 @@ def distillation(
     for out, value in zip((loss, denominator, kd_loss, token_loss), terms[:4], strict=True):
         out.copy_(value)
     rows.zero_()  # the backward below starts from the logits again
-    _count(terms, target, group_ids, sketch, kd_sketch, ignore_index, logits.shape[1])
+    count(terms, target, group_ids, sketch, kd_sketch, ignore_index, logits.shape[1])
     if dlogits is not None:
         one = torch.ones_like(denominator)
         saved = (target, token_weight, terms.denominator, task)
@@ -240,7 +240,7 @@ def _rest(logits: Tensor, ids: Tensor, target: Tensor | None, task: spec.Task) -
     return torch.where(valid[:, None], rest, 0.0)
 
 
-def _count(
+def count(
     terms: spec.DistillationTerms,
     target: Tensor | None,
     group_ids: Tensor | None,
