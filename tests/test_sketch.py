@@ -230,3 +230,30 @@ def test_native_quantile_equals_the_reference(device: torch.device) -> None:
         torch.ops.xentile.sketch_quantile(sketch.state, q.to(device), *actual, code)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a.cpu(), e, rtol=2e-7, atol=0, equal_nan=True)
+
+
+def many_values() -> dict[str, torch.Tensor]:
+    """Enough for a histogram of their own, in shuffled blocks of every mixture."""
+    extreme = torch.tensor([0.0, -0.0, -1e-9, -3.0, 2.0**-149, 256.0, 3e38, torch.inf, -torch.inf, torch.nan])
+    patterns = torch.randint(-(2**31), 2**31, (70_000,)).int().view(torch.float32)
+    return {
+        "edges": edges_and_neighbours().repeat(6),
+        "any bits": patterns,
+        "below the bins": torch.exp(torch.randn(70_000) * 4 - 16),
+        "few outside": torch.cat([torch.rand(70_000) + 0.5, extreme]),
+        "half outside": torch.cat([torch.rand(40_000) * 20, extreme.repeat(4000)]),
+        "none inside": extreme[2:].repeat(9000),
+    }
+
+
+@pytest.mark.parametrize("name", many_values())
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_values_are_counted_like_the_reference(name: str, masked: bool, device: torch.device) -> None:
+    values = many_values()[name]
+    values = values[torch.randperm(len(values))]
+    mask = torch.rand(len(values)) < 0.7 if masked else None
+    expected = torch.zeros(1, DEFAULT.width, dtype=torch.int64)
+    reference.sketch_update(values, mask, None, None, expected, 1)
+    sketch = xt.LossSketch(device)
+    sketch.update(values.to(device), None if mask is None else mask.to(device))
+    assert torch.equal(sketch.state.cpu(), expected)

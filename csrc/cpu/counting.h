@@ -4,6 +4,7 @@
 #include "simd.h"
 
 namespace {
+using xentile::sketch::BlockCount;
 using xentile::sketch::kCountBlock;
 using xentile::sketch::Totals;
 
@@ -12,76 +13,115 @@ typedef int64_t VecL __attribute__((vector_size(4 * kLanes), may_alias));
 typedef float HalfF __attribute__((vector_size(2 * kLanes), may_alias, aligned(4)));
 constexpr int kDoubles = kLanes / 2;
 
-// To integers, for |x| < 2**51: the nearest, half to even, and the largest that is not above.
+// kDoubles floats (compilers make several instructions of the conversion), and the largest integer that is not above,
+// for |x| < 2**51.
 #if defined(__AVX512F__)
-XENTILE_INLINE VecD nearest(VecD x) {
-  return (VecD)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEAREST_INT);
-}
+XENTILE_INLINE VecD doubles(const float* p) { return (VecD)_mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 XENTILE_INLINE VecD floor(VecD x) { return (VecD)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEG_INF); }
 #elif defined(__AVX2__)
-XENTILE_INLINE VecD nearest(VecD x) { return (VecD)_mm256_round_pd((__m256d)x, _MM_FROUND_TO_NEAREST_INT); }
+XENTILE_INLINE VecD doubles(const float* p) { return (VecD)_mm256_cvtps_pd(_mm_loadu_ps(p)); }
 XENTILE_INLINE VecD floor(VecD x) { return (VecD)_mm256_floor_pd((__m256d)x); }
 #else
-XENTILE_INLINE VecD nearest(VecD x) { return (x + 0x1.8p52) - 0x1.8p52; }
+XENTILE_INLINE VecD doubles(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfF*>(p), VecD);
+}
 XENTILE_INLINE VecD floor(VecD x) {
-  const VecD rounded = nearest(x);
+  const VecD rounded = (x + 0x1.8p52) - 0x1.8p52;
   return rounded - (VecD)((VecL)(rounded > x) & (VecL)(VecD{} + 1.0));
 }
 #endif
 
-XENTILE_INLINE int64_t exact_sum(VecD v) {
-  double sum = 0;
-  for (int k = 0; k < kDoubles; k++) sum += v[k];
+template <class V>
+XENTILE_INLINE int64_t total(V v) {
+  uint64_t sum = 0;  // wraps
+  for (unsigned k = 0; k < sizeof v / sizeof v[0]; k++) sum += (uint64_t)(int64_t)v[k];
   return (int64_t)sum;
 }
 
-// The limbs of values in [2**-24, 2**8), which are multiples of 2**-48: partial sums of kCountBlock of them are exact
-// in double.
-void add_sums(const float* x, Totals* totals) {
-  VecD sum_hi = {}, fractions = {}, square_hi = {}, square_mid = {}, square_lo = {};
-  for (int j = 0; j < kCountBlock; j += kDoubles) {
-    const VecD value = __builtin_convertvector(*reinterpret_cast<const HalfF*>(x + j), VecD);
-    const VecD scaled = value * 0x1p20, hi = floor(scaled);
-    sum_hi += hi;
-    fractions += scaled - hi;
-    const VecD square = value * value, top = floor(square * 0x1p-8);
-    const VecD rest = (square - top * 0x1p8) * 0x1p20, mid = floor(rest);
-    square_hi += top;
+// Sums of the limbs of x and x^2 over a block, where 0 <= x < 2**8. Whole parts are added up as doubles, exactly. What
+// is left is rounded to 2**-28, half to even, by adding kRound: the numbers next to that are multiples of 2**-28, and
+// their bits count the multiples. So the bits are added up, as integers.
+struct LimbSums {
+  VecD sum_hi = {}, square_hi = {}, square_mid = {};
+  VecL sum_lo = {}, square_lo = {};
+
+  // v: x * 2**10. below_16: then no square has a highest limb.
+  template <bool below_16>
+  XENTILE_INLINE void add(VecD v) {
+    const VecD sum = v * 0x1p10, whole = floor(sum);
+    sum_hi += whole;
+    sum_lo += (VecL)(sum - whole + kRound);
+    VecD square = v * v;  // in units of 2**-20
+    if constexpr (!below_16) {
+      const VecD top = floor(square * 0x1p-28);
+      square_hi += top;
+      square -= top * 0x1p28;
+    }
+    const VecD mid = floor(square);
     square_mid += mid;
-    square_lo += nearest((rest - mid) * 0x1p28);
+    square_lo += (VecL)(square - mid + kRound);
   }
-  totals->sum_hi += exact_sum(sum_hi);
-  totals->sum_lo += exact_sum(fractions * 0x1p28);
-  totals->square_hi += exact_sum(square_hi);
-  totals->square_mid += exact_sum(square_mid);
-  totals->square_lo += exact_sum(square_lo);
+
+  void add_to(Totals* totals) const {
+    const VecL surplus = (VecL)(VecD{} + kRound) * (kCountBlock / kDoubles);
+    totals->sum_hi += total(sum_hi);
+    totals->sum_lo += total(sum_lo - surplus);
+    totals->square_hi += total(square_hi);
+    totals->square_mid += total(square_mid);
+    totals->square_lo += total(square_lo - surplus);
+  }
+
+ private:
+  static constexpr double kRound = 0x1.8p24;
+};
+
+// Raises the counts of bin[0:kCountBlock] and adds up value[0:kCountBlock], which is x * 2**10.
+template <bool below_16>
+void add_block(const uint32_t* bin, const float* value, uint32_t* histogram, Totals* totals) {
+  LimbSums sums;
+  for (int j = 0; j < kCountBlock; j += kLanes) {
+    // Scalar and vector instructions of one iteration fill different parts of the processor.
+    for (int k = 0; k < kLanes; k++) histogram[bin[j + k]]++;
+    for (int k = 0; k < kLanes; k += kDoubles) sums.add<below_16>(doubles(value + j + k));
+  }
+  sums.add_to(totals);
 }
 
-// Counts x[0:kCountBlock] in histogram[0:bins] and *totals; false, having done nothing, if a value is outside the bins.
-bool count(const float* x, int shift, int first_key, int bins, uint32_t* histogram, Totals* totals) {
+template <bool largest>
+XENTILE_INLINE int32_t extreme(VecI v) {
+  int32_t found = v[0];
+  for (int k = 1; k < kLanes; k++) found = (v[k] > found) == largest ? v[k] : found;
+  return found;
+}
+
+// See KernelTable.
+BlockCount count(const float* x, int shift, int first_key, int bins, uint32_t* histogram, Totals* totals) {
   alignas(64) uint32_t bin[kCountBlock];
-  VecI outside = {}, smallest = VecI{} + INT32_MAX, largest = {};
+  alignas(64) float value[kCountBlock];
+  const VecI nowhere = lane_index() + bins;  // a counter each, because the next increment of the same one has to wait
+  const VecU first_bits = VecU{} + ((uint32_t)first_key << shift), last_bin = VecU{} + (uint32_t)(bins - 1);
+  VecI below = {}, others = {}, smallest = VecI{} + INT32_MAX, largest = {};
   for (int j = 0; j < kCountBlock; j += kLanes) {
-    const VecI bits = (VecI)load(x + j);
-    const VecI b = (bits >> shift) - first_key;
-    outside |= (VecI)((VecU)b >= (VecU{} + (uint32_t)bins));
-    smallest = bits < smallest ? bits : smallest;  // positive floats are ordered as their bits
-    largest = bits > largest ? bits : largest;
-    *reinterpret_cast<VecI*>(bin + j) = b;
+    const VecI bits = (VecI)load(x + j), b = (bits >> shift) - first_key;
+    const VecI tiny = (VecU)bits < first_bits, outside = (VecU)b > last_bin, other = outside & ~tiny;
+    const VecI kept = bits & ~other, lowest = (bits | other) & INT32_MAX;  // positive floats are ordered as their bits
+    below -= tiny;
+    others -= other;
+    smallest = lowest < smallest ? lowest : smallest;
+    largest = kept > largest ? kept : largest;
+    *reinterpret_cast<VecI*>(bin + j) = outside ? nowhere : b;
+    store(value + j, (VecF)kept * 0x1p10f);
   }
-  int32_t any = 0, low = INT32_MAX, high = 0;
-  for (int k = 0; k < kLanes; k++) {
-    any |= outside[k];
-    low = smallest[k] < low ? smallest[k] : low;
-    high = largest[k] > high ? largest[k] : high;
+  const BlockCount counted = {(int)total(below), (int)total(others)};
+  const int32_t low = extreme<false>(smallest), high = extreme<true>(largest);
+  constexpr int32_t bits_of_16 = 0x41800000;
+  (high < bits_of_16 ? add_block<true> : add_block<false>)(bin, value, histogram, totals);
+  if (counted.others < kCountBlock) {
+    const int64_t max_key = high + (INT64_C(1) << 31) + 1, min_key = (INT64_C(1) << 31) - low;
+    totals->max_key = max_key > totals->max_key ? max_key : totals->max_key;
+    totals->min_key = min_key > totals->min_key ? min_key : totals->min_key;
   }
-  if (any) return false;
-  for (uint32_t b : bin) histogram[b]++;
-  add_sums(x, totals);
-  const int64_t max_key = high + (INT64_C(1) << 31) + 1, min_key = (INT64_C(1) << 31) - low;
-  totals->max_key = max_key > totals->max_key ? max_key : totals->max_key;
-  totals->min_key = min_key > totals->min_key ? min_key : totals->min_key;
-  return true;
+  return counted;
 }
 
 }  // namespace

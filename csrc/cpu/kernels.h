@@ -61,6 +61,12 @@ struct RowKernels {
 namespace sketch {
 
 constexpr int kCountBlock = 1024;
+constexpr int kNowhere = 16;  // counters beyond a histogram, for values that are in no bin
+
+// How many values of a block are in [0, 2**-24), and how many neither there nor in a bin.
+struct BlockCount {
+  int below, others;
+};
 
 // Sums and extremes of values: the columns of the same names of a sketch.
 struct Totals {
@@ -72,8 +78,10 @@ struct Totals {
 struct KernelTable {
   const char* name;
   RowKernels<float> float32, bfloat16, float16;
-  // Counts x[0:kCountBlock] in histogram[0:bins] and *totals; false, having done nothing, if a value is in no bin.
-  bool (*count)(const float* x, int shift, int first_key, int bins, uint32_t* histogram, sketch::Totals* totals);
+  // Counts x[0:kCountBlock] in histogram[0:bins], and in *totals with those below the bins, but not the others. What is
+  // in histogram[bins:bins + kNowhere] afterwards means nothing.
+  sketch::BlockCount (*count)(const float* x, int shift, int first_key, int bins, uint32_t* histogram,
+                              sketch::Totals* totals);
 };
 
 extern const KernelTable kernels_default, kernels_avx2, kernels_avx512;

@@ -88,17 +88,23 @@ Distribution::Order quantile(const Distribution& distribution, double q, int64_t
 class Histogram {
  public:
   Histogram(const sketch::State& state, int64_t unit)
-      : state_(state), unit_(unit), counter_(state), counts_(state.layout.bins) {}
+      : state_(state), unit_(unit), counter_(state), counts_(state.layout.bins + sketch::kNowhere) {}
   ~Histogram() {
     for (int bin = 0; bin < state_.layout.bins; bin++)
       if (counts_[bin]) state_.add(0, sketch::kSpecial + bin, counts_[bin] * unit_);
+    state_.add(0, sketch::kZero, below_ * unit_);
     state_.add(0, totals_);
   }
 
   void add_block(const float* x) {
     const sketch::Layout& layout = state_.layout;
-    if (!kernel_table().count(x, layout.shift, layout.first_key, layout.bins, counts_.data(), &totals_))
-      for (int i = 0; i < sketch::kCountBlock; i++) add(x[i]);
+    const sketch::BlockCount block =
+        kernel_table().count(x, layout.shift, layout.first_key, layout.bins, counts_.data(), &totals_);
+    below_ += block.below;
+    if (block.others == 0) return;
+    const auto end = static_cast<uint32_t>(sketch::bits_of(layout.edge(layout.bins)));
+    for (int i = 0; i < sketch::kCountBlock; i++)
+      if (static_cast<uint32_t>(sketch::bits_of(x[i])) >= end) add(x[i]);  // negative, NaN, or large
   }
 
   void add(float x) { counter_.add_value(x, 0, unit_, 1); }
@@ -108,6 +114,7 @@ class Histogram {
   const int64_t unit_;
   sketch::Counter counter_;
   std::vector<uint32_t> counts_;
+  int64_t below_ = 0;
   sketch::Totals totals_ = {};
 };
 
