@@ -1,4 +1,4 @@
-"""`python -m xentile doctor`: what serves which operator on this machine, and why."""
+"""`python -m xentile doctor`: what serves which operator on this machine, and why. `cache`: see xentile.cache.cli."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from xentile import _ops
 from xentile._ops import ops
+from xentile.cache import cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xentile", description="xentile on the command line")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what serves which operator on this machine, and why")
-    parser.parse_args(argv)
+    cli.add_parser(commands)
+    args = parser.parse_args(argv)
+    if args.command == "cache":
+        return cli.run(args)
     print(doctor())
     return 0
 

@@ -22,7 +22,7 @@ VERSION = 1
 ALIGNMENT = "row i predicts token i + 1"
 STORAGE = {  # of each token; packing.py says what the bytes mean
     "ids": "sorted, Elias-Fano",
-    "logprobs": "top in float32, drops from it in 12 bits on a quadratic scale",
+    "logprobs": "top in float32, drops from it in 12 bits",
     "log_z": "float32",
     "tail_logprob": "float32",
     "token_ids": "int32",

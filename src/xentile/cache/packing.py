@@ -5,9 +5,9 @@ and the rest in unary, as one bit string in which the j-th one stands at `(id >>
 log2(V / K) + 2 bits an id instead of log2(V), because the order of K things is worth log2(K!) bits. The order is not
 lost: it is that of the log-probabilities, with ties by the lower id.
 
-A log-probability l is stored as its drop d = l_top - l in units that grow with its root: code = 4094 sqrt(d / R), where
-R is the largest drop of the token and 4094 the largest code. l_top is float32 and R float16, rounded up. The error of l
-is at most `sqrt(R d) / 4094 + R / 8188^2`: nothing at the top and least where the probability is.
+A log-probability l is stored as its drop d = l_top - l in steps of R / 4094, where R is the largest drop of the token.
+l_top is float32, hence the top exact; R is float16, rounded up. The error of l is at most half a step and the rounding
+of float32: on a range of 10 nats 0.0012, less than a third of what float16 makes of l with a third more bits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pack(ids: NDArray[np.int32], logprobs: NDArray[np.float32], vocab_size: int)
     drop = np.where(present, top[:, None] - logprobs, np.float32(0))
     reach = _rounded_up(drop.max(axis=1, initial=0.0))
     scale = np.where(reach > 0, reach, np.float16(1)).astype(np.float32)
-    codes = np.rint(TOP_CODE * np.sqrt(drop / scale[:, None])).astype(np.uint32)
+    codes = np.rint(drop / scale[:, None] * np.float32(TOP_CODE)).astype(np.uint32)
 
     ids = np.where(present, ids, 0).astype(np.uint32)
     row, column = np.nonzero(present)
@@ -104,8 +104,7 @@ def unpack(packed: Columns, vocab_size: int, k: int) -> tuple[NDArray[np.int32],
     absent = keys == ABSENT_KEY
     ids = (keys & np.uint32(MAX_VOCABULARY - 1)).astype(np.int32)
     codes = (keys >> np.uint32(ID_BITS)).astype(np.float32)
-    step = packed["logprob_range"].astype(np.float32) / np.float32(TOP_CODE**2)
-    codes *= codes  # exact: 4094^2 < 2^24
+    step = packed["logprob_range"].astype(np.float32) / np.float32(TOP_CODE)
     logprobs = packed["logprob_top"][:, None] - codes * step[:, None]
     ids[absent] = ABSENT_ID
     logprobs[absent] = -np.inf

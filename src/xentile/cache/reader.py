@@ -46,8 +46,8 @@ class TopKCache:
     `DataLoader(cache, sampler=cache.sample_ids, batch_size=8, collate_fn=TopKCache.collate, num_workers=2)`. A dataset
     of your own calls `cache[sample_id]` or `cache.batch(sample_ids)`.
 
-    What is stored is compressed: ids, log Z and the tails come back exactly, a log-probability l of a token whose top
-    is l_top and whose least is l_min within sqrt((l_top - l_min) (l_top - l)) / 4094 nats.
+    Ids, log Z, the tails and the largest log-probability of each token come back exactly, the others within 1 / 8180 of
+    the range of the token's log-probabilities.
 
     Args:
         folder: where a `TopKCacheWriter` wrote; it may still be writing.
