@@ -21,10 +21,15 @@ without `multiple_of`."""
 
 @triton.jit
 def read_target(target_ptr, row, mask, ignore_index, V):
-    """(t, valid, in_range): t int32, 0 where it is no column."""
-    t = tl.load(target_ptr + row, mask=mask, other=0).to(tl.int64)
-    valid = t != ignore_index
-    in_range = valid & (t >= 0) & (t < V)
+    """(t, valid, in_range): t int32, 0 where it is no column. Without targets every row counts."""
+    if target_ptr is None:
+        t = row.to(tl.int64) * 0
+        valid = mask
+        in_range = mask
+    else:
+        t = tl.load(target_ptr + row, mask=mask, other=0).to(tl.int64)
+        valid = t != ignore_index
+        in_range = valid & (t >= 0) & (t < V)
     return tl.where(in_range, t, 0).to(tl.int32), valid, in_range
 
 

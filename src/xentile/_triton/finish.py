@@ -75,6 +75,26 @@ def write_loss(
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
+@triton.jit
+def count_tokens(
+    target_ptr, group_ptr, loss_ptr, sketch_ptr, N, V, groups, ignore_index,
+    GROUPED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK tokens add to the sketch of a per-token loss besides their bins."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < N
+    _, valid, in_range = read_target(target_ptr, row, mask, ignore_index, V)
+    group, known = read_group(group_ptr, groups, row, mask)
+    one = known.to(tl.int64)
+    add(sketch_ptr, group, IGNORED, one, known & (valid == 0), BITS, GROUPED)
+    add(sketch_ptr, group, OUT_OF_RANGE, one, known & valid & (in_range == 0), BITS, GROUPED)
+    if group_ptr is not None:
+        stray = mask & (known == 0)
+        add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, BITS, False)
+    value = tl.load(loss_ptr + row, mask=mask, other=0.0)
+    add_moments(sketch_ptr, group, value, one, tl.full([], 1, tl.int64), known & in_range, BITS, GROUPED)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_kernel(
     target_ptr, weight_ptr, token_weight_ptr, normalizer_ptr, group_ptr,
@@ -97,15 +117,6 @@ def finish_kernel(
         if REDUCTION == "sum":
             tl.store(denominator_ptr, 1.0)
     if sketch_ptr is not None:
-        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask = row < N
-        _, valid, in_range = read_target(target_ptr, row, mask, ignore_index, V)
-        group, known = read_group(group_ptr, groups, row, mask)
-        one = known.to(tl.int64)
-        add(sketch_ptr, group, IGNORED, one, known & (valid == 0), BITS, GROUPED)
-        add(sketch_ptr, group, OUT_OF_RANGE, one, known & valid & (in_range == 0), BITS, GROUPED)
-        if group_ptr is not None:
-            stray = mask & (known == 0)
-            add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, BITS, False)
-        value = tl.load(token_loss_ptr + row, mask=mask, other=0.0)
-        add_moments(sketch_ptr, group, value, one, tl.full([], 1, tl.int64), known & in_range, BITS, GROUPED)
+        count_tokens(
+            target_ptr, group_ptr, token_loss_ptr, sketch_ptr, N, V, groups, ignore_index, GROUPED, BITS, BLOCK
+        )
