@@ -60,7 +60,56 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
             *(sketch.clone(), 2**20 if full else 1),
         ),
         "radix_counts": (logits[:, 0].contiguous(), *((values > 0.5, ids) if full else (None, None)), *digit),
+        **distillation_arguments(dtype, full=full, reduction=reduction),
         "sketch_quantile": (sketch.clone(), torch.rand(3).double(), *(torch.zeros(2, 3) for _ in range(3)), 0),
+    }
+
+
+def distillation_arguments(dtype: torch.dtype, *, full: bool, reduction: int) -> dict[str, tuple[Any, ...]]:
+    """The same for the operators of distillation; float64 goes to the reference before it gets there."""
+    rows, size, k = 6, 37, 5
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    logits, target = sample(rows, size, dtype, ignored=0.2)
+    ids = torch.stack([torch.randperm(size)[:k].sort().values for _ in range(rows)]).int()
+    logprobs = torch.log_softmax(torch.randn(rows, k + 1), 1)
+    vector = lambda *shape: torch.zeros(rows, *shape)  # noqa: E731
+    temperature = torch.rand(rows) + 0.5 if full else None
+    optional = (target, torch.rand(rows)) if full else (None, None)
+    forward = (*optional, torch.tensor(3.0) if full and reduction == 1 else None, temperature)
+    forward = (*forward, torch.randint(0, 2, (rows,)) if full else None)
+    loss = vector() if reduction == 0 else torch.ones(())
+    sketches = [torch.zeros(2, DEFAULT.width, dtype=torch.int64) if full else None for _ in range(2)]
+    losses = (loss, torch.ones(()), vector(), vector())
+    scalars = (1, 0.5, 2.0, True, 0.7, 0.3 if full else 0.0, *((5.0, 0.5) if full else (0.0, 1.0)))
+    written = (*sketches, torch.zeros_like(logits) if reduction else None, -100, reduction)
+    teacher = (ids, logprobs[:, :k].contiguous(), logprobs[:, k].contiguous())
+    saved = (*optional, temperature, torch.ones(()), vector())
+    known = (torch.randn(rows), torch.randn(rows), temperature) if full else (None, None, None)
+    dloss, dlogits, filled = torch.ones_like(loss), torch.zeros_like(logits), full and reduction == 1
+    return {
+        "teacher_topk": (
+            *(
+                logits,
+                torch.tensor([1.0, 2.0]),
+                torch.zeros(rows, k, dtype=torch.int32),
+                vector(k),
+                vector(2),
+                vector(2),
+            ),
+            *((5.0, 0.5) if full else (0.0, 1.0)),
+        ),
+        "topk_support": (
+            *(ids.long() if full else ids, logprobs[:, :k].to(dtype).contiguous(), *known),
+            *(torch.zeros_like(ids), vector(k), vector(), vector(), size, 3, 0, 2 if full else 0, 2.0 if full else 1.0),
+        ),
+        "topk_distillation": (logits, *teacher, *forward, *losses, vector(), vector(3), *written, 3, *scalars, False),
+        "topk_distillation_backward": (
+            *(dloss, logits, *teacher, *saved, vector(3) + 1, dlogits, -100, reduction, 3, *scalars, filled),
+        ),
+        "distillation": (logits, logits.flip(0), *forward, *losses, vector(6), *written, *scalars, False),
+        "distillation_backward": (
+            *(dloss, logits, logits.flip(0), *saved, vector(6) + 1, dlogits, -100, reduction, *scalars, filled),
+        ),
     }
 
 
@@ -68,7 +117,7 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - {"isa", "first_bad_target", "first_bad_group"}))
 def test_opcheck(name: str, dtype: torch.dtype, full: bool) -> None:
-    for reduction in (0, 1) if name.startswith("cross") else (1,):
+    for reduction in (0, 1) if name.startswith(("cross", "topk_d", "dist")) else (1,):
         arguments = operator_arguments(dtype, full=full, reduction=reduction)[name]
         torch.library.opcheck(getattr(ops, name).default, arguments)
 

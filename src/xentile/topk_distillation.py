@@ -127,15 +127,10 @@ def topk_distillation_loss(
         TypeError, ValueError, IndexError, RuntimeError: naming the argument. Nothing is counted.
 
     Example:
-        >>> teacher = xt.teacher_topk(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), k=2)
+        >>> teacher = teacher_topk(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), k=2)
+        >>> known = {"support": "tail_bucket", "teacher_tail_logprob": teacher.tail_logprob[:, 0]}
         >>> student = torch.zeros(1, 4, requires_grad=True)
-        >>> out = topk_distillation_loss(
-        ...     student,
-        ...     teacher.ids,
-        ...     teacher.logprobs,
-        ...     support="tail_bucket",
-        ...     teacher_tail_logprob=teacher.tail_logprob[:, 0],
-        ... )
+        >>> out = topk_distillation_loss(student, teacher.ids, teacher.logprobs, **known)
         >>> out.loss.backward()
         >>> out.teacher_mass, out.student_mass
         (tensor([0.8808]), tensor([0.5000]))

@@ -59,6 +59,7 @@ class Masses(NamedTuple):
 
     z: Tensor  # (N, V)
     classes: Tensor  # (N, C) log q_c, those that the divergence compares
+    conditional: Tensor  # (N, K) log(q_k / Q)
     inside: Tensor  # (N,) log Q
     outside: Tensor  # (N,) log(1 - Q)
     lse_tail: Tensor  # (N,) logsumexp of y over the columns outside the support
@@ -91,7 +92,8 @@ def topk_distillation(
     elif task.divergence == "forward_kl" and not task.closed:
         some = log_total != -torch.inf
         inside = torch.where(some, student.inside, 0.0)
-        relative = divergences.bregman(log_p - torch.where(some, log_total, 0.0)[:, None], log_q - inside[:, None])
+        conditional = torch.where(present, student.conditional, 0.0)
+        relative = divergences.bregman(log_p - torch.where(some, log_total, 0.0)[:, None], conditional)
         share = torch.where(present, relative, 0.0).sum(1)
         kd = torch.where(some, log_total.exp() * (share + torch.where(some, log_total, 0.0) - inside), 0.0)
     else:
@@ -203,14 +205,14 @@ def _student(x: Tensor, ids: Tensor, task: Task) -> Masses:
         classes = torch.where(present, classes, -torch.inf)
     if task.support == "tail_bucket":
         classes = torch.cat([classes, outside[:, None]], 1)
-    return Masses(z, classes, inside, outside, lse_tail, on_support)
+    return Masses(z, classes, conditional, inside, outside, lse_tail, on_support)
 
 
 def _dense_student(x: Tensor, task: Task) -> Masses:
     z = transform(x, task.logit_scale, task.softcap).double()
     lse, classes = _normalised(z / _per_row(task.temperature, x))
     nowhere = torch.full_like(lse, -torch.inf)
-    return Masses(z, classes, torch.zeros_like(lse), nowhere, nowhere, torch.ones_like(z, dtype=torch.bool))
+    return Masses(z, classes, classes, torch.zeros_like(lse), nowhere, nowhere, torch.ones_like(z, dtype=torch.bool))
 
 
 def _classes(logprobs: Tensor, tail: Tensor, student: Masses, task: Task) -> tuple[Tensor, Tensor, Tensor, Tensor]:
