@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,11 +15,22 @@ from oracle import DTYPES
 from torch import Tensor
 
 import xentile as xt
-from xentile._ops import ops
 from xentile.reference import quantile as spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Q = [0.0, 0.001, 0.1, 0.25, 1 / 3, 0.5, 0.9, 0.99, 1.0]
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module", params=["sorted", "radix"])
+def selection(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Few values are sorted on a CPU; selected by their digits they have the same quantiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        limit = 2048 if request.param == "sorted" else 0
+        patch.setattr(importlib.import_module("xentile.quantile"), "SORTED_UP_TO", limit)
+        yield
 
 
 def expected(x: Tensor, q: Any, interpolation: str = "linear", weights: Tensor | None = None) -> Tensor:
@@ -45,6 +53,7 @@ def test_every_interpolation_equals_numpy(name: str, interpolation: str, device:
         assert_equal(actual, expected(x, Q, interpolation))
 
 
+@pytest.mark.usefixtures("selection")
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 @pytest.mark.parametrize("interpolation", spec.INTERPOLATIONS)
 def test_few_values_equal_numpy(n: int, interpolation: str) -> None:
@@ -57,6 +66,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.usefixtures("selection")
 @settings(max_examples=150, deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=12), st.lists(st.floats(0, 1), max_size=3), st.sampled_from(DTYPES))
 def test_any_values_are_selected_as_by_sorting(values: list[float], q: list[float], dtype: torch.dtype) -> None:
@@ -67,6 +77,7 @@ def test_any_values_are_selected_as_by_sorting(values: list[float], q: list[floa
     assert_equal(xt.quantile(x, q), wanted.to(torch.float64 if dtype == torch.float64 else torch.float32))
 
 
+@pytest.mark.usefixtures("selection")
 @pytest.mark.parametrize(
     ("values", "q", "result"),
     [
@@ -102,6 +113,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("selection")
 def test_values_of_any_shape_and_stride_with_a_mask() -> None:
     x, mask = torch.randn(30, 40).T[::2], torch.rand(20, 30) < 0.3
     for interpolation in ("linear", "inverted_cdf"):
@@ -113,6 +125,7 @@ def test_values_of_any_shape_and_stride_with_a_mask() -> None:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
+@pytest.mark.usefixtures("selection")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_integer_weights_equal_numpy_and_repetition(dtype: torch.dtype) -> None:
     x, weights = torch.randn(500).to(dtype), torch.randint(0, 5, (500,))
@@ -125,6 +138,7 @@ def test_integer_weights_equal_numpy_and_repetition(dtype: torch.dtype) -> None:
     assert_equal(actual, expected(repeated, inside, "inverted_cdf"))
 
 
+@pytest.mark.usefixtures("selection")
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_real_weights_of_any_magnitude_equal_numpy(scale: float) -> None:
     x, weights = torch.randn(1000), torch.rand(1000, dtype=torch.float64) * scale
@@ -132,6 +146,7 @@ def test_real_weights_of_any_magnitude_equal_numpy(scale: float) -> None:
     assert_equal(actual, expected(x, Q, "inverted_cdf", weights))
 
 
+@pytest.mark.usefixtures("selection")
 def test_weights_and_mask_together() -> None:
     x, weights, mask = torch.randn(400), torch.rand(400), torch.rand(400) < 0.5
     weights[~mask] = INF  # never looked at
@@ -148,6 +163,7 @@ def test_a_bad_weight_raises(bad: float) -> None:
 # ------------------------------------------------------------------------------------------------- NaN, emptiness, q
 
 
+@pytest.mark.usefixtures("selection")
 def test_nan_policies() -> None:
     x = torch.tensor([3.0, NAN, 1.0, -NAN, INF])
     assert xt.quantile(x, [0.0, 0.5]).isnan().all()
@@ -158,6 +174,7 @@ def test_nan_policies() -> None:
         assert xt.quantile(x, 0.0, mask=~x.isnan(), nan_policy=policy) == 1.0
 
 
+@pytest.mark.usefixtures("selection")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_of_any_payload_is_nan_and_infinity_is_not(dtype: torch.dtype) -> None:
     integer, width = spec._INTEGERS.get(dtype, torch.int64), 8 * dtype.itemsize
@@ -169,6 +186,7 @@ def test_nan_of_any_payload_is_nan_and_infinity_is_not(dtype: torch.dtype) -> No
         assert finite.abs().sort().values.tolist() == [0.0, INF]
 
 
+@pytest.mark.usefixtures("selection")
 def test_nothing_to_count_gives_nan() -> None:
     assert_equal(xt.quantile(torch.empty(0), Q), torch.full((len(Q),), NAN))
     assert xt.quantile(torch.rand(3), 0.5, mask=torch.zeros(3, dtype=torch.bool)).isnan()
@@ -185,6 +203,7 @@ def test_the_shape_of_q_is_the_shape_of_the_answer() -> None:
     assert_equal(xt.quantile(x, q), expected(x, q.double().flatten()).reshape(2, 3))
 
 
+@pytest.mark.usefixtures("selection")
 def test_a_tensor_q_outside_of_the_unit_interval_gives_nan() -> None:
     answer = xt.quantile(torch.rand(100), torch.tensor([-0.1, 0.5, 1.1, NAN, INF]))
     assert answer.isnan().tolist() == [True, False, True, True, True]
@@ -223,104 +242,3 @@ def test_misuse_is_explained(name: str) -> None:
     x, q, options, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         xt.quantile(x, q, **options)
-
-
-# --------------------------------------------------------------------------------------------- keys, kernels, tracing
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_keys_are_ordered_as_values_and_invertible(dtype: torch.dtype) -> None:
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    keys, nan = spec.key_of(x), x.isnan()
-    assert (keys[nan] == 2**16 - 1).all()
-    assert ((keys[~nan] < 2**16 - 1) & (keys[~nan] >= 0)).all()
-    order = keys[~nan].argsort()
-    assert (x[~nan][order].double().diff() >= 0).all()
-    assert_equal(spec.value_of_key(keys[~nan], dtype), x[~nan].double())
-
-
-def bit_patterns(dtype: torch.dtype, n: int) -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (n,)).view(dtype)[:n].contiguous()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", ["all", "mask", "weights", "both"])
-def test_native_counts_equal_the_reference(dtype: torch.dtype, option: str, device: torch.device) -> None:
-    """Random bit patterns: every exponent, NaN payloads, subnormals. A prefix may occur twice, or in no value."""
-    n = 40_001  # two threads
-    x = bit_patterns(dtype, n)
-    x[: n // 3] = 0.0
-    mask = torch.rand(n) < 0.5 if option in ("mask", "both") else None
-    weights = torch.randint(0, 2**31, (n,)) if option in ("weights", "both") else None
-    shift, prefixes = 8 * dtype.itemsize, torch.zeros(1, dtype=torch.int64)
-    for bits in spec.DIGITS[dtype]:
-        shift -= bits
-        wanted = torch.full((len(prefixes), 1 << bits), 3)
-        actual = wanted.to(device, copy=True)
-        spec.radix_counts(x, mask, weights, prefixes, shift, bits, wanted)
-        inputs = [None if t is None else t.to(device) for t in (x, mask, weights, prefixes)]
-        ops.radix_counts(*inputs, shift, bits, actual)
-        assert torch.equal(actual.cpu(), wanted)
-        sample = torch.cat([x[:1], x[-7:], x[-1:], torch.tensor([1.0], dtype=dtype)])
-        prefixes = spec._shift(spec.key_of(sample), shift)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
-def test_it_compiles_without_graph_breaks() -> None:
-    x, q, mask = torch.randn(1000), torch.tensor([0.1, 0.5]), torch.rand(1000) < 0.5
-    weights = torch.rand(1000)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def call(x: Tensor, q: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        plain = xt.quantile(x, q, mask=mask)
-        return plain, xt.quantile(x, q, weights=weights, interpolation="inverted_cdf")
-
-    plain, weighted = call(x, q, mask, weights)
-    assert_equal(plain, xt.quantile(x, q, mask=mask))
-    assert_equal(weighted, xt.quantile(x, q, weights=weights, interpolation="inverted_cdf"))
-
-
-def test_a_gpu_is_not_waited_for() -> None:
-    """Fake CUDA tensors have no values: whatever waits for the device raises."""
-    with torch._subclasses.FakeTensorMode():
-        for dtype in DTYPES:
-            x, q = torch.randn(8, 10, device="cuda").to(dtype), torch.rand(3, device="cuda")
-            for options in ({"mask": x > 0}, {"weights": x.abs(), "interpolation": "inverted_cdf"}):
-                answer = xt.quantile(x, q, nan_policy="omit", **options)
-                assert answer.shape == q.shape
-                assert answer.device == x.device
-                assert answer.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-TRITON_EQUALS_REFERENCE = """
-import torch
-from xentile._triton.quantile import radix_counts
-from xentile.reference import quantile as spec
-
-torch.manual_seed(0)
-n = 9001
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    x = torch.randint(-2**63, 2**63 - 1, (n,)).view(dtype)[:n].contiguous()
-    x[:3000] = 0.0
-    mask, weights = torch.rand(n) < 0.7, torch.randint(0, 2**31, (n,))
-    for options in ((None, None), (mask, None), (mask, weights)):
-        shift, prefixes = 8 * dtype.itemsize, torch.zeros(1, dtype=torch.int64)
-        for bits in spec.DIGITS[dtype]:
-            shift -= bits
-            wanted = torch.full((len(prefixes), 1 << bits), 3)
-            actual = wanted.clone()
-            spec.radix_counts(x, *options, prefixes, shift, bits, wanted)
-            radix_counts(x, *options, prefixes, shift, bits, actual)
-            assert torch.equal(actual, wanted), (dtype, shift)
-            prefixes = spec._shift(spec.key_of(x[[0, 0, 3001, 4000]]), shift)
-"""
-
-
-def test_triton_counts_equal_the_reference_in_the_interpreter() -> None:
-    """In a process of its own, because Triton decides at import whether it interprets. No statement about a GPU."""
-    pytest.importorskip("triton")
-    source = str(pathlib.Path(xt.__file__).parents[1])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": source}
-    command = [sys.executable, "-W", "error", "-c", TRITON_EQUALS_REFERENCE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -13,10 +13,12 @@ from xentile._ops import ops
 from xentile.reference import quantile as spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 NAN_POLICIES = ("propagate", "omit", "raise")
 WEIGHT_BITS = 31
+SORTED_UP_TO = 2048
+"""Values that are sorted, on a CPU: radix selection of any number takes longer than that."""
 
 
 def quantile(
@@ -32,9 +34,10 @@ def quantile(
     """The exact quantiles of all values of x, with NumPy's definitions: equal to `np.quantile` of x in float64.
 
     Order statistics are selected digit by digit from histograms of the bits of x (three passes over x for float32, two
-    for 16 bits, five for float64): nothing is sorted, copied or gathered. Over a process group the histograms are
-    added between the passes, for float32 in all-reduces of 16 KiB, 32 KiB a quantile and 16 KiB a quantile, however
-    many values and ranks there are. Ranks may hold different numbers of values, or none. Not differentiable.
+    for 16 bits, five for float64): nothing is copied or gathered, and only a few thousand values on a CPU are sorted.
+    Over a process group the histograms are added between the passes, for float32 in all-reduces of 16 KiB, 32 KiB a
+    quantile and 16 KiB a quantile, however many values and ranks there are. Ranks may hold different numbers of values,
+    or none. Not differentiable.
 
     Args:
         x: of any shape and size; float32, bfloat16, float16 or float64. Infinities, ties and both zeros are ordered as
@@ -81,48 +84,76 @@ def quantile(
     keep = None if mask is None else mask.reshape(-1).contiguous()
     units = None if weights is None else _fixed_point(weights.detach().reshape(-1), keep, process_group)
 
-    def count(prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        counts = torch.zeros(prefixes.shape[0], 1 << bits, dtype=torch.int64, device=x.device)
-        ops.radix_counts.default(values, keep, units, prefixes, shift, bits, counts)
-        if process_group is not None:
-            torch.distributed.all_reduce(counts, group=process_group)
-        return counts
-
-    result = _select(count, x.dtype, wanted.reshape(-1), interpolation, nan_policy, units is not None)
+    local = process_group is None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    few = local and values.numel() <= SORTED_UP_TO
+    selection = _Sorted(values, keep, units) if few else _Radix(values, keep, units, process_group)
+    result = _select(selection, wanted.reshape(-1), interpolation, nan_policy, units is not None)
     return result.reshape(wanted.shape).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _select(
-    count: Callable[[Tensor, int, int], Tensor],
-    dtype: torch.dtype,
-    q: Tensor,
-    interpolation: str,
-    nan_policy: str,
-    weighted: bool,
-) -> Tensor:
-    """The quantiles q (Q,), float64. Fixed passes over fixed shapes: ranks and prefixes stay on the device."""
-    first, *rest = spec.DIGITS[dtype]
-    shift = 8 * dtype.itemsize - first
-    prefixes = torch.zeros(1, dtype=torch.int64, device=q.device)
-    counts = count(prefixes, shift, first)
-    nans = counts.select(1, -1).sum()
-    n = counts.sum() - nans
+def _select(selection: _Sorted | _Radix, q: Tensor, interpolation: str, nan_policy: str, weighted: bool) -> Tensor:
+    """The quantiles q (Q,), float64. Ranks stay on the device."""
+    n, nans = selection.n, selection.nans
     if nan_policy == "raise" and bool(nans != 0):
         raise ValueError("x has NaN values: pass nan_policy='omit' to leave them out")
-
-    valid = (q >= 0) & (q <= 1)
-    q = torch.where(valid, q, 0.0)
+    given, q = q, q.clamp(0, 1)
     lower, upper, fraction = spec.weighted_ranks(q, n) if weighted else spec.ranks(q, n, interpolation)
-    wanted = (lower,) if interpolation in spec.DISCRETE else (lower, upper)
-    prefixes, ranks = _descend(counts, torch.cat(wanted).unsqueeze(0))
-    for bits in rest:
-        shift -= bits
-        digit, ranks = _descend(count(prefixes, shift, bits), ranks)
-        prefixes = (prefixes << bits) | digit
+    if interpolation in spec.DISCRETE:
+        value = selection.find(lower)
+    else:
+        low, high = selection.find(torch.cat([lower, upper])).chunk(2)
+        value = spec.interpolate(low, high, fraction)
+    some = n != 0 if nan_policy == "omit" else (n != 0) & (nans == 0)
+    return torch.where((given == q) & some, value, torch.nan)
 
-    found = spec.value_of_key(prefixes, dtype).chunk(len(wanted))
-    valid = valid & (n != 0) & ((nans == 0) | (nan_policy == "omit"))
-    return torch.where(valid, spec.interpolate(found[0], found[-1], fraction), torch.nan)
+
+class _Sorted:
+    """Order statistics of few values (N,), by sorting them: for a CPU, where a pass over counters would take longer."""
+
+    def __init__(self, values: Tensor, keep: Tensor | None, amounts: Tensor | None) -> None:
+        if keep is not None:
+            values, amounts = values[keep], None if amounts is None else amounts[keep]
+        self._values, order = values.double().sort()
+        nan = self._values.isnan()
+        self._upto = None if amounts is None else amounts[order].cumsum(0)
+        self.nans = nan.sum() if amounts is None else amounts[order][nan].sum()
+        self.n = (values.numel() if amounts is None else amounts.sum()) - self.nans
+
+    def find(self, ranks: Tensor) -> Tensor:
+        """The values of these ranks (K,), float64; anything where there is no such rank."""
+        if self._values.numel() == 0:
+            return torch.full_like(ranks, torch.nan, dtype=torch.float64)
+        place = ranks if self._upto is None else torch.searchsorted(self._upto, ranks, right=True)
+        return self._values[place.clamp(0, self._values.numel() - 1)]
+
+
+class _Radix:
+    """Order statistics of the values (N,) of all ranks, digit by digit. Fixed passes over fixed shapes, no waiting."""
+
+    def __init__(self, values: Tensor, keep: Tensor | None, amounts: Tensor | None, process_group: Any) -> None:
+        self._values, self._keep, self._amounts, self._process_group = values, keep, amounts, process_group
+        first, *self._rest = spec.DIGITS[values.dtype]
+        self._shift = 8 * values.dtype.itemsize - first
+        self._first = self._count(torch.zeros(1, dtype=torch.int64, device=values.device), self._shift, first)
+        self.nans = self._first.select(1, -1).sum()
+        self.n = self._first.sum() - self.nans
+
+    def find(self, ranks: Tensor) -> Tensor:
+        """The values of these ranks (K,), float64; anything where there is no such rank."""
+        prefixes, left = _descend(self._first, ranks.unsqueeze(0))
+        shift = self._shift
+        for bits in self._rest:
+            shift -= bits
+            digit, left = _descend(self._count(prefixes, shift, bits), left)
+            prefixes = (prefixes << bits) | digit
+        return spec.value_of_key(prefixes, self._values.dtype)
+
+    def _count(self, prefixes: Tensor, shift: int, bits: int) -> Tensor:
+        counts = torch.zeros(prefixes.shape[0], 1 << bits, dtype=torch.int64, device=prefixes.device)
+        ops.radix_counts.default(self._values, self._keep, self._amounts, prefixes, shift, bits, counts)
+        if self._process_group is not None:
+            torch.distributed.all_reduce(counts, group=self._process_group)
+        return counts
 
 
 def _descend(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,12 +65,11 @@ def ranks(q: Tensor, n: Tensor, interpolation: str) -> tuple[Tensor, Tensor, Ten
     h = q * last
     if interpolation in CONTINUOUS:
         alpha, beta = CONTINUOUS[interpolation]
-        h = n * q + (alpha + q * (1 - alpha - beta)) - 1
+        h = torch.minimum((n * q + (alpha + q * (1 - alpha - beta)) - 1).clamp(min=0), last)
     elif interpolation == "inverted_cdf":
-        h = torch.ceil(n * q - 1)
+        h = torch.minimum(torch.ceil(n * q - 1).clamp(min=0), last)
     elif interpolation != "linear":
         h = _ROUNDINGS[interpolation](h)
-    h = torch.minimum(h.clamp(min=0), last)
     lower = torch.floor(h)
     return lower.long(), torch.ceil(h).long(), h - lower
 
@@ -91,9 +90,8 @@ def interpolate(low: Tensor, high: Tensor, fraction: Tensor) -> Tensor:
     """Between order statistics, float64; rounded as NumPy does, but an infinite one gives infinity, not NaN."""
     step = high - low
     value = torch.where(fraction < 0.5, low + step * fraction, high - step * (1 - fraction))
-    value = torch.where(step == torch.inf, torch.where(low == -torch.inf, low, high), value)
-    value = torch.where((low == -torch.inf) & (high == torch.inf), torch.nan, value)
-    return torch.where((fraction == 0) | (low == high), low, value)
+    value = torch.where(step == torch.inf, low + high, value)
+    return torch.where(low == high, low, value)  # also where the fraction is 0
 
 
 def key_of(x: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""The keys and the operator of `quantile`, its tracing, and that no GPU is waited for."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import DTYPES
+from torch import Tensor
+
+import xentile as xt
+from xentile._ops import ops
+from xentile.reference import quantile as spec
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_are_ordered_as_values_and_invertible(dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    keys, nan = spec.key_of(x), x.isnan()
+    assert (keys[nan] == 2**16 - 1).all()
+    assert ((keys[~nan] < 2**16 - 1) & (keys[~nan] >= 0)).all()
+    order = keys[~nan].argsort()
+    assert (x[~nan][order].double().diff() >= 0).all()
+    assert torch.equal(spec.value_of_key(keys[~nan], dtype), x[~nan].double())
+
+
+def bit_patterns(dtype: torch.dtype, n: int) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (n,)).view(dtype)[:n].contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", ["all", "mask", "weights", "both"])
+def test_native_counts_equal_the_reference(dtype: torch.dtype, option: str, device: torch.device) -> None:
+    """Random bit patterns: every exponent, NaN payloads, subnormals. A prefix may occur twice, or in no value."""
+    n = 40_001  # two threads
+    x = bit_patterns(dtype, n)
+    x[: n // 3] = 0.0
+    mask = torch.rand(n) < 0.5 if option in ("mask", "both") else None
+    weights = torch.randint(0, 2**31, (n,)) if option in ("weights", "both") else None
+    shift, prefixes = 8 * dtype.itemsize, torch.zeros(1, dtype=torch.int64)
+    for bits in spec.DIGITS[dtype]:
+        shift -= bits
+        wanted = torch.full((len(prefixes), 1 << bits), 3)
+        actual = wanted.to(device, copy=True)
+        spec.radix_counts(x, mask, weights, prefixes, shift, bits, wanted)
+        inputs = [None if t is None else t.to(device) for t in (x, mask, weights, prefixes)]
+        ops.radix_counts(*inputs, shift, bits, actual)
+        assert torch.equal(actual.cpu(), wanted)
+        sample = torch.cat([x[:1], x[-7:], x[-1:], torch.tensor([1.0], dtype=dtype)])
+        prefixes = spec._shift(spec.key_of(sample), shift)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+def test_it_compiles_without_graph_breaks() -> None:
+    x, q, mask = torch.randn(1000), torch.tensor([0.1, 0.5]), torch.rand(1000) < 0.5
+    weights = torch.rand(1000)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(x: Tensor, q: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        plain = xt.quantile(x, q, mask=mask)
+        return plain, xt.quantile(x, q, weights=weights, interpolation="inverted_cdf")
+
+    plain, weighted = call(x, q, mask, weights)
+    assert torch.equal(plain, xt.quantile(x, q, mask=mask))
+    assert torch.equal(weighted, xt.quantile(x, q, weights=weights, interpolation="inverted_cdf"))
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    """Fake CUDA tensors have no values: whatever waits for the device raises."""
+    with torch._subclasses.FakeTensorMode():
+        for dtype in DTYPES:
+            x, q = torch.randn(8, 10, device="cuda").to(dtype), torch.rand(3, device="cuda")
+            for options in ({"mask": x > 0}, {"weights": x.abs(), "interpolation": "inverted_cdf"}):
+                answer = xt.quantile(x, q, nan_policy="omit", **options)
+                assert answer.shape == q.shape
+                assert answer.device == x.device
+                assert answer.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+TRITON_EQUALS_REFERENCE = """
+import torch
+from xentile._triton.quantile import radix_counts
+from xentile.reference import quantile as spec
+
+torch.manual_seed(0)
+n = 9001
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x = torch.randint(-2**63, 2**63 - 1, (n,)).view(dtype)[:n].contiguous()
+    x[:3000] = 0.0
+    mask, weights = torch.rand(n) < 0.7, torch.randint(0, 2**31, (n,))
+    for options in ((None, None), (mask, None), (mask, weights)):
+        shift, prefixes = 8 * dtype.itemsize, torch.zeros(1, dtype=torch.int64)
+        for bits in spec.DIGITS[dtype]:
+            shift -= bits
+            wanted = torch.full((len(prefixes), 1 << bits), 3)
+            actual = wanted.clone()
+            spec.radix_counts(x, *options, prefixes, shift, bits, wanted)
+            radix_counts(x, *options, prefixes, shift, bits, actual)
+            assert torch.equal(actual, wanted), (dtype, shift)
+            prefixes = spec._shift(spec.key_of(x[[0, 0, 3001, 4000]]), shift)
+"""
+
+
+def test_triton_counts_equal_the_reference_in_the_interpreter() -> None:
+    """In a process of its own, because Triton decides at import whether it interprets. No statement about a GPU."""
+    pytest.importorskip("triton")
+    source = str(pathlib.Path(xt.__file__).parents[1])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": source}
+    command = [sys.executable, "-W", "error", "-c", TRITON_EQUALS_REFERENCE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
