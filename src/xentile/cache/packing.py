@@ -65,7 +65,7 @@ def pack(ids: NDArray[np.int32], logprobs: NDArray[np.float32], vocab_size: int)
     present = np.take_along_axis(present, order, axis=1)
 
     top = np.max(logprobs, axis=1, initial=-np.inf, where=present).astype(np.float32)
-    drop = np.where(present, top[:, None] - logprobs, np.float32(0))
+    drop = np.subtract(top[:, None], logprobs, out=np.zeros_like(logprobs), where=present)
     reach = _rounded_up(drop.max(axis=1, initial=0.0))
     scale = np.where(reach > 0, reach, np.float16(1)).astype(np.float32)
     codes = np.rint(drop / scale[:, None] * np.float32(TOP_CODE)).astype(np.uint32)
