@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xentile.cache.errors import optional
 from xentile.cache.progress import progress
+from xentile.reference import TeacherTopK
 from xentile.teacher import teacher_topk
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def extract(
             todo = [sample for sample in batch if sample.sample_id not in writer]
             if todo:
                 logits = logits_of(torch.stack([sample.token_ids for sample in todo]))[..., : header.vocab_size]
-                for sample, row in zip(todo, logits, strict=True):
-                    entries = teacher_topk(row, header.k, temperatures=header.temperatures)
-                    writer.add(sample.sample_id, entries, sample.token_ids if header.has_token_ids else None)
+                entries = teacher_topk(logits, header.k, temperatures=header.temperatures)
+                for place, (sample_id, token_ids) in enumerate(todo):
+                    part = TeacherTopK(*(field[place] for field in entries))
+                    writer.add(sample_id, part, token_ids if header.has_token_ids else None)
             done += sum(len(sample.token_ids) for sample in todo)
             bar.update(sum(len(sample.token_ids) for sample in batch))
     return done
