@@ -1,4 +1,4 @@
-"""The README's speed table, from the stored results: `python -m benchmarks.table --write`; `--check`: is it current?"""
+"""The README's speed tables, from the stored results: `python -m benchmarks.table --write`; `--check`: current?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from benchmarks import quantile_table
 from benchmarks.results import RESULTS, load
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ README = RESULTS.parent.parent / "README.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 NO_RESULTS = "No stored results yet: `make bench` makes them."
 NO_GPU = "No GPU results yet: `bash benchmarks/gpu.sh` makes them on a machine that has one."
-_SECTION = re.compile(f"(?<={START}\n).*?(?={END})", re.DOTALL)
 _COLUMNS = (
     "logits",
     "pass",
@@ -120,23 +120,32 @@ def _missing(rows: Sequence[Row]) -> list[str]:
 
 def current(text: str, folder: Path = RESULTS) -> str:
     """`text` with the part between the markers made anew; ValueError without them."""
-    if not _SECTION.search(text):
-        raise ValueError(f"README.md must hold {START} and {END}, each on a line of its own")
-    table = render_table(folder)
-    return _SECTION.sub(lambda _: table, text, count=1)
+    return _replaced(text, START, END, render_table(folder))
+
+
+def current_readme(text: str) -> str:
+    """`text` with both tables made anew."""
+    return _replaced(current(text), quantile_table.START, quantile_table.END, quantile_table.render_table())
+
+
+def _replaced(text: str, start: str, end: str, table: str) -> str:
+    section = re.compile(f"(?<={start}\n).*?(?={end})", re.DOTALL)
+    if not section.search(text):
+        raise ValueError(f"README.md must hold {start} and {end}, each on a line of its own")
+    return section.sub(lambda _: table, text, count=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="The README's speed table.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="The README's speed tables.")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="exit with 1 when README.md is stale")
     action.add_argument("--write", action="store_true", help="bring README.md up to date")
     options = parser.parse_args(argv)
     if not (options.check or options.write):
-        print(render_table(), end="")
+        print(render_table(), quantile_table.render_table(), sep="\n", end="")
         return 0
     text = README.read_text(encoding="utf-8")
-    fresh = current(text)
+    fresh = current_readme(text)
     if options.write:
         README.write_text(fresh, encoding="utf-8")
     elif fresh != text:
