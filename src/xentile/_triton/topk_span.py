@@ -210,10 +210,10 @@ def gradient_span(
 
     head, body: of `out`. TOGETHER says that the row of logits has the same alignment.
     """
-    columns, valid = edges(head, body, V, with_edges, VEC)
-    x = tl.load(row + columns, mask=valid, other=0.0).to(tl.float32)
+    columns, in_edges = edges(head, body, V, with_edges, VEC)
+    x_edges = tl.load(row + columns, mask=in_edges, other=0.0).to(tl.float32)
     tl.debug_barrier()  # in place: the vector is so short that several threads load each element, and one stores it
-    write_tile(out + columns, x, valid, scales, logit_scale, softcap, "", TRANSFORM, TWICE)
+    write_tile(out + columns, x_edges, in_edges, scales, logit_scale, softcap, "", TRANSFORM, TWICE)
     start = tl.multiple_of(row + head, 16) if TOGETHER else row + head
     out_start = tl.multiple_of(out + head, 16)
     offsets = tile(BLOCK, VEC)
