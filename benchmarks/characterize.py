@@ -37,6 +37,7 @@ VALUES = 200_000
 NOTHING = 2.0**-24
 ROUNDING = 2.0**-23  # answers are float32
 REAL = "token losses of a model"
+FOLDER = "characterize"  # in results, whose own *.jsonl are those of run.py
 
 
 def distributions(n: int) -> dict[str, Values]:
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.characterize", description=main.__doc__)
     parser.add_argument("--values", type=int, default=VALUES, help="of each distribution (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.05, help="to repeat each measurement for, once at least")
-    parser.add_argument("--store", action="store_true", help="append the rows to benchmarks/results/characterize")
+    parser.add_argument("--store", action="store_true", help="write the rows to benchmarks/results/characterize")
     options = parser.parse_args(argv)
     if options.values < 1:
         parser.error(f"argument --values: must be at least 1, got {options.values}")
@@ -181,7 +182,8 @@ def report(n: int, seconds: float, store: bool) -> int:
     for package, reason in missing.items():
         print(f"\nnot compared: {package} ({reason})")
     if store:
-        path = RESULTS / "characterize" / f"{slug(record['device'])}.jsonl"  # results/*.jsonl are those of run.py
+        path = RESULTS / FOLDER / f"{slug(record['device'])}.jsonl"
+        path.unlink(missing_ok=True)  # the rows of a file are those of one run
         append(path, rows)
         print(f"\n{len(rows)} rows in results/characterize/{path.name}")
     broken = [row for row in rows if row["sketch"].startswith("xentile") and not kept(row)]

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import characterize, results, sketches
 from benchmarks.characterize import NOTHING, REAL, distributions, kept, largest_error, main, measure
+from benchmarks.provenance import provenance
 from benchmarks.sketches import Contender, contenders
 from benchmarks.token_losses import STORED
 
@@ -94,6 +95,41 @@ def test_rows_are_stored_apart_from_those_of_the_speed_tables(tmp_path: Path, mo
         0
     ].keys()
     assert results.load(tmp_path) == []
+    assert main([*SMALL, "--store"]) == 0
+    assert len(path.read_text().splitlines()) == 11  # of the last run alone
+
+
+def stored_rows() -> list[dict]:
+    (path,) = (results.RESULTS / characterize.FOLDER).glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_stored_rows_are_of_the_present_distributions_sketches_and_columns() -> None:
+    rows = stored_rows()
+    present = measure(FOUND[0], "any", VALUES, seconds=0.0).keys() | provenance("cpu").keys()
+    assert all(row.keys() == present for row in rows)
+    assert all(tuple(row["quantiles"]) == characterize.Q for row in rows)
+    names = {row["sketch"] for row in rows}
+    assert names >= {contender.name for contender in FOUND}
+    assert {(row["distribution"], row["sketch"]) for row in rows} == {
+        (name, sketch) for name in distributions(1) for sketch in names
+    }
+    promises = {contender.name: contender.promise for contender in FOUND}
+    assert all(row["promise"] == promises.get(row["sketch"], row["promise"]) for row in rows)
+
+
+def test_the_stored_rows_keep_the_promises_of_this_sketch() -> None:
+    ours = [row for row in stored_rows() if row["sketch"].startswith("xentile")]
+    assert len(ours) == 3 * len(distributions(1))
+    assert all(kept(row) for row in ours)
+
+
+def test_the_stored_answers_on_real_losses_are_those_of_today() -> None:
+    values = distributions(characterize.VALUES)[REAL]
+    for contender in FOUND[:3]:
+        (row,) = (r for r in stored_rows() if (r["distribution"], r["sketch"]) == (REAL, contender.name))
+        assert row["values"] == len(values)
+        assert row["answers"] == contender.quantiles(contender.count(contender.prepare(values)), characterize.Q)
 
 
 def test_the_stored_losses_are_those_of_tokens() -> None:
