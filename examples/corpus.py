@@ -64,10 +64,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def is_held_out(key: tuple[str, str]) -> bool:
+    """Whether a document (kind, name) is kept from training."""
+    return zlib.crc32("/".join(key).encode()) % HELD_OUT_SHARE == 0
+
+
 def load(vocabulary: int, max_characters: int) -> Corpus:
     """Read, split and encode the text; the tokenizer sees the training documents only."""
     texts = documents(max_characters)
-    held = {key for key in texts if zlib.crc32("/".join(key).encode()) % HELD_OUT_SHARE == 0}
+    held = {key for key in texts if is_held_out(key)}
     tokenizer = train_tokenizer((text for key, text in texts.items() if key not in held), vocabulary)
 
     def encode(keys: Iterable[tuple[str, str]]) -> Tensor:
