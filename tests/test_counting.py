@@ -1,0 +1,90 @@
+"""Which column counts a value: the same on every backend for every float, exhaustively where a bin is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import xentile as xt
+from xentile import _layout as layout
+from xentile import reference
+from xentile._layout import DEFAULT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def edges_and_neighbours() -> torch.Tensor:
+    """Every bin edge, the float32 before and after it, and every special pattern."""
+    edges = reference.bin_edges().view(torch.int32)
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, -1.0, 1e38, torch.inf, -torch.inf, torch.nan, 255.99, 256.0])
+    return torch.cat([(edges + d).view(torch.float32) for d in (-1, 0, 1)] + [special])
+
+
+def test_kernel_counts_every_edge_and_neighbour_like_the_reference(device: torch.device) -> None:
+    values = edges_and_neighbours()
+    expected = torch.zeros(1, DEFAULT.width, dtype=torch.int64)
+    reference.sketch_update(values, None, None, None, expected, 1)
+    sketch = xt.LossSketch(device)
+    sketch.update(values.to(device))
+    assert torch.equal(sketch.state.cpu(), expected)
+
+
+def test_each_bin_contains_the_values_it_counts() -> None:
+    values = edges_and_neighbours()
+    column = reference.column_of(values) - layout.SPECIAL
+    regular = column >= 0
+    edges = reference.bin_edges()
+    assert bool((edges[column[regular]] <= values[regular]).all())
+    assert bool((values[regular] < edges[column[regular] + 1]).all())
+    assert int(regular.sum()) == 3 * DEFAULT.bins + 1  # an edge and its neighbours, less 3 outside; 255.99
+
+
+def many_values() -> dict[str, torch.Tensor]:
+    """Enough for a histogram of their own, in shuffled blocks of every mixture."""
+    extreme = torch.tensor([0.0, -0.0, -1e-9, -3.0, 2.0**-149, 256.0, 3e38, torch.inf, -torch.inf, torch.nan])
+    patterns = torch.randint(-(2**31), 2**31, (70_000,)).int().view(torch.float32)
+    return {
+        "edges": edges_and_neighbours().repeat(6),
+        "any bits": patterns,
+        "below the bins": torch.exp(torch.randn(70_000) * 4 - 16),
+        "few outside": torch.cat([torch.rand(70_000) + 0.5, extreme]),
+        "half outside": torch.cat([torch.rand(40_000) * 20, extreme.repeat(4000)]),
+        "none inside": extreme[2:].repeat(9000),
+    }
+
+
+@pytest.mark.parametrize("name", many_values())
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_values_are_counted_like_the_reference(name: str, masked: bool, device: torch.device) -> None:
+    values = many_values()[name]
+    values = values[torch.randperm(len(values))]
+    mask = torch.rand(len(values)) < 0.7 if masked else None
+    expected = torch.zeros(1, DEFAULT.width, dtype=torch.int64)
+    reference.sketch_update(values, mask, None, None, expected, 1)
+    sketch = xt.LossSketch(device)
+    sketch.update(values.to(device), None if mask is None else mask.to(device))
+    assert torch.equal(sketch.state.cpu(), expected)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of short calls: several threads would wait for each other longer than they count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_float_between_the_first_and_the_last_edge_is_counted_in_its_bin() -> None:
+    """All 2**28 of them, a bin at a time: its values are the consecutive bit patterns from its edge on."""
+    sketch, first = xt.LossSketch(), DEFAULT.first_key << DEFAULT.shift
+    patterns = torch.arange(first, first + (1 << DEFAULT.shift), dtype=torch.int32)
+    for column in range(layout.SPECIAL, DEFAULT.width):
+        sketch.update(patterns.view(torch.float32))
+        assert sketch.state[0, column] == len(patterns)
+        patterns += len(patterns)
+    assert sketch.count() == 2**28
