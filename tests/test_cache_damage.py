@@ -166,6 +166,7 @@ def signed(contents: dict[str, Any]) -> str:
         (lambda c: signed(c | {"version": 2}), "has version 2 of the format: this xentile reads 1"),
         (lambda c: signed(c | {"format": "zip"}), "must have format 'xentile top-K cache', got 'zip'"),
         (lambda c: json.dumps(c | {"k": 8}), "header.json is damaged: its checksum does not match its content"),
+        (lambda c: signed({key: c[key] for key in c if key != "teacher"}), "header.json is damaged: it has no teacher"),
         (lambda c: signed(c | {"k": 0}), r"k must be in \[1, 500\], got 0"),
         (lambda c: json.dumps(c)[:-20], "header.json is damaged: it is no header of a top-K cache"),
         (lambda c: "[]", "header.json is damaged: it is no header of a top-K cache"),

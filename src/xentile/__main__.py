@@ -35,14 +35,14 @@ def doctor() -> str:
         f"CPU:  {_cpu()}",
         f"CUDA: {_cuda()}",
         "",
-        f"{'operator':<24}{'CPU':<16}{'CUDA':<16}other devices",
+        f"{'operator':<28}{'CPU':<16}{'CUDA':<16}other devices",
     ]
     for name in _ops.SCHEMAS:
         if name == "isa":
             continue
         cpu = "C++" if _has(name, "CPU") else "plain PyTorch"
         cuda = "plain PyTorch" if not _has(name, "CUDA") else "Triton"
-        lines.append(f"{name:<24}{cpu:<16}{cuda:<16}plain PyTorch")
+        lines.append(f"{name:<28}{cpu:<16}{cuda:<16}plain PyTorch")
     lines.append("")
     lines.append("Plain PyTorch on every device: float64 logits on a GPU, class probabilities, torch.func transforms,")
     lines.append("double backward, and gradients with respect to weight, token_weight or normalizer.")

@@ -111,18 +111,21 @@ class CacheHeader:
             raise ValueError(f"{path} must have format {FORMAT!r}, got {form!r}")
         if version != VERSION:
             raise ValueError(f"{path} has version {version} of the format: this xentile reads {VERSION}")
-        fields = {field.name: contents[field.name] for field in dataclasses.fields(cls)}
-        return cls(**fields | {"temperatures": tuple(fields["temperatures"])})
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in contents]:
+            raise DamagedCacheError(path, f"it has no {missing[0]}")
+        return cls(**{name: contents[name] for name in names})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Digest of the vocabulary of a tokenizer, anything with `get_vocab()`: equal ids then mean equal tokens.
 
-    >>> class Letters:
-    ...     def get_vocab(self):
-    ...         return {"a": 0, "b": 1}
-    >>> tokenizer_hash(Letters())
-    '6c8768266a81d97978d7d526ddbe4e07'
+    Example:
+        >>> class Letters:
+        ...     def get_vocab(self):
+        ...         return {"a": 0, "b": 1}
+        >>> tokenizer_hash(Letters())
+        '6c8768266a81d97978d7d526ddbe4e07'
     """
     vocabulary = sorted((int(index), token) for token, index in tokenizer.get_vocab().items())
     return _digest(vocabulary)

@@ -40,9 +40,10 @@ def from_vllm(
     Raises:
         ValueError: if an argument is not as above.
 
-    >>> entries = from_vllm([None, {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -3.0, "rank": 9}}], k=1)
-    >>> entries.ids, entries.tail_logprob.exp()
-    (tensor([[7]]), tensor([[0.3935]]))
+    Example:
+        >>> entries = from_vllm([None, {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -3.0, "rank": 9}}], k=1)
+        >>> entries.ids, entries.tail_logprob.exp()
+        (tensor([[7]]), tensor([[0.3935]]))
     """
     name = "prompt_logprobs"
     positions = _positions(prompt_logprobs, lambda position: map(_vllm_entry, position.items()), name)

@@ -160,7 +160,12 @@ def _padded(columns: Sequence[Sequence[Tensor]], token_ids: Sequence[Tensor] | N
 
 
 def _rectangle(samples: Sequence[Tensor], padding: float) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True, padding_value=padding)
+    arrays = [sample.numpy() for sample in samples]  # not pad_sequence: its threads cost more than the copy
+    shape = len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]
+    padded = np.full(shape, padding, dtype=arrays[0].dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(padded)
 
 
 def _with_rest(tail: NDArray[Any], rest: NDArray[Any]) -> NDArray[Any]:

@@ -48,12 +48,14 @@ def extract(
     Returns:
         The number of tokens that the teacher read.
 
-    >>> import tempfile
-    >>> from xentile.cache import CacheHeader, TopKCacheWriter
-    >>> table = torch.randn(50, 50)  # a teacher that looks at one token
-    >>> with TopKCacheWriter(tempfile.mkdtemp(), CacheHeader("bigram", 50, k=4)) as writer:
-    ...     extract(writer, [Sample("a", torch.arange(6)), Sample("b", torch.arange(9))], lambda tokens: table[tokens])
-    15
+    Example:
+        >>> import tempfile
+        >>> from xentile.cache import CacheHeader, TopKCacheWriter
+        >>> table = torch.randn(50, 50)  # a teacher that looks at one token
+        >>> samples = [Sample("a", torch.arange(6)), Sample("b", torch.arange(9))]
+        >>> with TopKCacheWriter(tempfile.mkdtemp(), CacheHeader("bigram", 50, k=4)) as writer:
+        ...     extract(writer, samples, lambda tokens: table[tokens])
+        15
     """
     header = writer.header
     done = 0
@@ -74,8 +76,9 @@ def extract(
 def windows(documents: Mapping[str, Tensor], context: int) -> Iterator[Sample]:
     """Cut each document into pieces of `context` tokens, the last one shorter; `name:start` is the sample id.
 
-    >>> [sample.sample_id for sample in windows({"book": torch.arange(5)}, 2)]
-    ['book:0', 'book:2', 'book:4']
+    Example:
+        >>> [sample.sample_id for sample in windows({"book": torch.arange(5)}, 2)]
+        ['book:0', 'book:2', 'book:4']
     """
     for name, tokens in documents.items():
         for start in range(0, len(tokens), context):

@@ -54,15 +54,16 @@ class TopKCacheWriter:
         ValueError: if the header is not that of the cache in the folder, or another process is writing the rank.
         DamagedCacheError: if the header or the index in the folder is damaged.
 
-    >>> import tempfile
-    >>> from xentile.cache import CacheHeader, TopKCacheWriter
-    >>> folder = tempfile.mkdtemp()
-    >>> logits = torch.randn(5, 100)  # of a teacher that read five tokens
-    >>> with TopKCacheWriter(folder, CacheHeader("random", vocab_size=100, k=4)) as writer:
-    ...     writer.add("first", xt.teacher_topk(logits, 4))
-    >>> cached = xt.TopKCache(folder)["first"]
-    >>> cached.ids.shape, cached.logprobs.dtype
-    (torch.Size([5, 4]), torch.float32)
+    Example:
+        >>> import tempfile
+        >>> from xentile.cache import CacheHeader, TopKCacheWriter
+        >>> folder = tempfile.mkdtemp()
+        >>> logits = torch.randn(5, 100)  # of a teacher that read five tokens
+        >>> with TopKCacheWriter(folder, CacheHeader("random", vocab_size=100, k=4)) as writer:
+        ...     writer.add("first", teacher_topk(logits, 4))
+        >>> cached = TopKCache(folder)["first"]
+        >>> cached.ids.shape, cached.logprobs.dtype
+        (torch.Size([5, 4]), torch.float32)
     """
 
     def __init__(
