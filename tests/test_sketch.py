@@ -236,25 +236,25 @@ def test_the_midpoint_estimator_takes_groups_infinity_and_nothing() -> None:
 
 
 READ_OUTS = {
-    "quantile": lambda s: s.quantile(torch.rand(3, device="cuda")),
+    "quantile": lambda s: s.quantile(torch.rand(3)),
     "quantile of numbers": lambda s: s.quantile([0.1, 0.5]),
-    "midpoint": lambda s: s.quantile(torch.rand(3, device="cuda"), estimator="midpoint"),
+    "midpoint": lambda s: s.quantile(torch.rand(3), estimator="midpoint"),
     "quantile_bounds": lambda s: s.quantile_bounds(0.5),
     "cdf": lambda s: s.cdf(1.0),
     "trimmed_mean": lambda s: s.trimmed_mean(0.1, 0.9),
     "cvar": lambda s: s.cvar(0.9),
     "tail_share": lambda s: s.tail_share(0.9),
-    "merge": lambda s: s.merge(xt.LossSketch("cuda", groups=2, precision=5)),
+    "merge": lambda s: s.merge(xt.LossSketch(groups=2, precision=5)),
     **{name: (lambda s, name=name: getattr(s, name)()) for name in ("mean", "std", "min", "max", "count", "reset")},
     **{name: (lambda s, name=name: getattr(s, name)()) for name in ("nan_count", "inf_count", "ignored_count")},
 }
 
 
 @pytest.mark.parametrize("name", READ_OUTS)
-def test_a_gpu_is_not_waited_for(name: str) -> None:
-    """Fake CUDA tensors have no values: whatever waits for the device raises."""
+def test_no_value_is_read_on_the_host(name: str) -> None:
+    """Under FakeTensorMode any read of a value raises; on a GPU it would wait."""
     with torch._subclasses.FakeTensorMode():
-        sketch = xt.LossSketch("cuda", groups=2)
-        losses = torch.rand(4, 5, device="cuda")
+        sketch = xt.LossSketch(groups=2)
+        losses = torch.rand(4, 5)
         sketch.update(losses, losses > 0.1, group_ids=losses.long())
         READ_OUTS[name](sketch)
