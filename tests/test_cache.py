@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +16,10 @@ from teachers import TEMPERATURES, VOCAB, K, header, sample
 
 import xentile as xt
 from xentile.cache import CachedTopK, CacheHeader, TopKCacheWriter, tokenizer_hash
+from xentile.cache.shard import columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 COUNT = 20
 
@@ -164,6 +166,21 @@ def test_the_files_are_small(tmp_path: Path) -> None:
         for part in range(8):
             writer.add(f"document {part}", xt.TeacherTopK(*(t[part * 256 :][:256] for t in entries)))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 240 * rows
+
+
+def test_the_blocks_of_the_documentation_run_one_after_the_other(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs/teacher_cache.md").read_text()
+    names: dict[str, object] = {"folder": tmp_path}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/teacher_cache.md", "exec"), names)
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(2**20, 238), (151936, 216)])
+def test_a_token_takes_the_bytes_that_the_documentation_says(vocab_size: int, size: int) -> None:
+    stored = columns(header(vocab_size=vocab_size, k=64, temperatures=(1.0,), has_token_ids=False))
+    assert sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in stored.values()) == size
 
 
 def test_a_tokenizer_is_its_vocabulary() -> None:
