@@ -201,14 +201,18 @@ def _load_native() -> str | None:
     return None
 
 
-def _register_reference() -> None:
-    """Plain PyTorch for every device that has no kernels of its own, in particular a CPU without the native library."""
+def _reference_kernel(name: str) -> Callable[..., Any]:
     from xentile.reference import distillation_kernels, kernels
 
+    kernel: Callable[..., Any] = getattr(kernels if hasattr(kernels, name) else distillation_kernels, name)
+    return kernel
+
+
+def _register_reference() -> None:
+    """Plain PyTorch for every device that has no kernels of its own, in particular a CPU without the native library."""
     native = {"isa"} if NATIVE_UNAVAILABLE is None else set()  # it has no tensor to dispatch on: one owner
     for name in SCHEMAS.keys() - native:
-        module = kernels if hasattr(kernels, name) else distillation_kernels
-        torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", getattr(module, name))
+        torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", _reference_kernel(name))
 
 
 TRITON = {
@@ -218,6 +222,9 @@ TRITON = {
     "sketch_update": "sketch",
     "sketch_quantile": "sketch",
     "radix_counts": "quantile",
+    "topk_support": "topk_support",
+    "topk_distillation": "topk_distillation",
+    "topk_distillation_backward": "topk_distillation",
 }
 """Operators with Triton kernels, and their modules in xentile/_triton."""
 
@@ -229,10 +236,10 @@ def _triton_kernel(name: str) -> Callable[..., None]:
         if name != "sketch_quantile" and any(
             isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args[:2]
         ):
-            module = importlib.import_module("xentile.reference.kernels")
+            implementation = _reference_kernel(name)
         else:
-            module = importlib.import_module(f"xentile._triton.{TRITON[name]}")
-        getattr(module, name)(*args)
+            implementation = getattr(importlib.import_module(f"xentile._triton.{TRITON[name]}"), name)
+        implementation(*args)
 
     return kernel
 

@@ -60,7 +60,8 @@ def topk_distillation(
     kind = layout.REDUCTIONS[reduction]
     prepared = kind == "mean" and dlogits is not None and normalizer is None
     aligned = dlogits is not None and _aligned_alike(logits, dlogits)
-    rows = rows or forward_rows(n, v, ids.shape[1], logits.element_size(), dlogits is not None, device)
+    twice = target is not None and (token_temperature is not None or temperature != 1)
+    rows = rows or forward_rows(n, v, ids.shape[1], logits.element_size(), dlogits is not None, twice, device)
     arguments = _inputs(logits, ids, logprobs, tail, target, token_weight, token_temperature, ignore_index)
     scalars = (support, divergence, beta, temperature, temperature_squared, kd_weight, ce_weight, softcap, logit_scale)
     arguments |= _options(target, token_temperature, *scalars)
@@ -230,8 +231,10 @@ def _bitmap_words(v: int, block: int, vec: int) -> int:
     return triton.cdiv(v, 8 * block) * (block // vec // 4)
 
 
-def forward_rows(n: int, v: int, k: int, itemsize: int, gradient: bool, device: launch.Device) -> launch.Rows:
-    """How n rows of v logits against k columns are launched."""
+def forward_rows(
+    n: int, v: int, k: int, itemsize: int, gradient: bool, twice: bool, device: launch.Device
+) -> launch.Rows:
+    """How n rows of v logits against k columns are launched. twice: two exponentials a logit."""
     share = launch.IN_FLIGHT // itemsize
     if n < device.processors:
         threads = 1024
@@ -239,9 +242,13 @@ def forward_rows(n: int, v: int, k: int, itemsize: int, gradient: bool, device: 
         threads = launch.forward(4 * device.processors, v, itemsize, True, False, False, device).threads
     else:
         threads = 128 if n >= 4 * device.processors else 512
-    # No more than the row needs; but the groups of the support, 16 bytes for each of its columns, are a tile as well.
-    needed = max(triton.cdiv(v, share), triton.cdiv(triton.next_power_of_2(k) * 16, 128))
-    threads = max(device.warp_size, min(threads, triton.next_power_of_2(needed)))
+    if threads == 1024 and not (twice and k > 256):
+        # A processor has this row alone: what is done once a row costs half as much with half the threads, which have
+        # registers for as many bytes in flight, unless many columns of the support and two sums a slot fill them.
+        threads, share = 512, 2 * share
+    # Not more than the row needs, and the groups of the support are a tile too: of 16 bytes for each of its columns.
+    threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))), k // 2)
+    threads = triton.next_power_of_2(threads)
     return launch.Rows(threads * share, threads)
 
 

@@ -83,15 +83,15 @@ def topk_row_kernel(
     token_weight = tl.load(token_weight_ptr + row) if token_weight_ptr is not None else 1.0
     if valid:
         heat = temperature_of(temperature_ptr, temperature, row, TEMPERED)
+        head, body = cut(x_row, V, VEC)
+        rest = reduce_row(
+            x_row, bitmap_ptr + row * words, id_ptr + row * K, K, t, head, body, V, heat[1], logit_scale, softcap,
+            BLOCK, VEC, WIDTH, KEEP, TRANSFORM, TEMPERED and TARGET,
+        )  # fmt: skip
         column, z, log_p = read_support(
             x_row, id_ptr + row * K, logprob_ptr + row * K, K, V, logit_scale, softcap, WIDTH, TRANSFORM
         )
         _x_t, z_t = read_logit(x_row + t, t >= 0, logit_scale, softcap, TRANSFORM)
-        head, body = cut(x_row, V, VEC)
-        rest = reduce_row(
-            x_row, bitmap_ptr + row * words, column, id_ptr + row * K, K, t, head, body, V, heat[1], logit_scale,
-            softcap, BLOCK, VEC, KEEP, TRANSFORM, TEMPERED and TARGET,
-        )  # fmt: skip
         losses, parts = solve(
             column, z, log_p, tl.load(tail_ptr + row), t, z_t, rest, heat, beta, SUPPORT, DIVERGENCE, TARGET
         )

@@ -161,18 +161,21 @@ def sum_of(top, b, r, groups, in_groups, small, in_small, c):
 
 @triton.jit
 def reduce_row(
-    row, bitmap, column, id_ptr, K, t, head, body, V, c, logit_scale, softcap,
-    BLOCK: tl.constexpr, VEC: tl.constexpr, KEEP: tl.constexpr, TRANSFORM: tl.constexpr, TWICE: tl.constexpr,
+    row, bitmap, id_ptr, K, t, head, body, V, c, logit_scale, softcap, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    WIDTH: tl.constexpr, KEEP: tl.constexpr, TRANSFORM: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
     """(m, r, r1) of the columns that are neither in the support nor t: the maximum of z, -inf of nothing, and the sums
-    of exp((z - m) / T) and exp(z - m). c: log2(e) / T. t: -1 without a target.
+    of exp((z - m) / T) and exp(z - m). c: log2(e) / T. t: -1 without a target. id_ptr: of the row's support.
     """
     clear(bitmap, body, BLOCK, VEC)
     tl.debug_barrier()
-    leave_out(bitmap, column, (column >= head) & (column < head + body), head, BLOCK, VEC)
+    i = tl.arange(0, WIDTH)
+    left_out = tl.load(id_ptr + i, mask=i < K, other=V)
+    leave_out(bitmap, left_out, (left_out >= head) & (left_out < head + body), head, BLOCK, VEC)
     leave_out(bitmap, t, (t >= head) & (t < head + body), head, BLOCK, VEC)
     tl.debug_barrier()
     m, b, r, b1, r1 = reduce_tiles(row, bitmap, head, body, c, logit_scale, softcap, BLOCK, VEC, KEEP, TRANSFORM, TWICE)
+    column = tl.load(id_ptr + i, mask=i < K, other=V)  # again: it need not be kept in registers over the tiles
     present = tl.sum((column < V).to(tl.int32), 0)
     groups, in_groups = shared_groups(row, column, id_ptr, K, head, body, V, t, VEC)
     small, in_small = edges_and_target_group(row, column, id_ptr, K, present, head, body, V, t, VEC)
