@@ -6,6 +6,9 @@
 #pragma once
 #include <stdint.h>
 
+#include "teacher_kernels.h"
+#include "topk_kernels.h"
+
 namespace xentile {
 
 // What is the same for every row. Acc: float, or double for float64 logits.
@@ -78,6 +81,8 @@ struct Totals {
 struct KernelTable {
   const char* name;
   RowKernels<float> float32, bfloat16, float16;
+  RestKernels float32_rest, bfloat16_rest, float16_rest;
+  TopKKernels topk_float32, topk_bfloat16, topk_float16;
   // Counts x[0:kCountBlock] in histogram[0:bins], and in *totals with those below the bins, but not the others. What is
   // in histogram[bins:bins + kNowhere] afterwards means nothing.
   sketch::BlockCount (*count)(const float* x, int shift, int first_key, int bins, uint32_t* histogram,

@@ -68,6 +68,10 @@ int64_t first_bad_group(const Tensor& group_ids, int64_t num_groups) {
 STABLE_TORCH_LIBRARY_IMPL(xentile, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&xentile::cross_entropy));
   m.impl("cross_entropy_backward", TORCH_BOX(&xentile::cross_entropy_backward));
+  m.impl("teacher_topk", TORCH_BOX(&xentile::teacher_topk));
+  m.impl("topk_support", TORCH_BOX(&xentile::topk_support));
+  m.impl("topk_distillation", TORCH_BOX(&xentile::topk_distillation));
+  m.impl("topk_distillation_backward", TORCH_BOX(&xentile::topk_distillation_backward));
   m.impl("scale_", TORCH_BOX(&xentile::scale_));
   m.impl("sketch_update", TORCH_BOX(&xentile::sketch_update));
   m.impl("sketch_quantile", TORCH_BOX(&xentile::sketch_quantile));

@@ -23,10 +23,36 @@ void cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Ten
                             int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
                             double softcap, double logit_scale, bool filled);
 
+void teacher_topk(const Tensor& logits, const Tensor& temperatures, Tensor ids, Tensor logprobs, Tensor log_z,
+                  Tensor tail_logprob, double softcap, double logit_scale);
+
 void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::optional<Tensor> weights,
                    std::optional<Tensor> group_ids, Tensor sketch, int64_t unit);
 
 void sketch_quantile(const Tensor& sketch, const Tensor& q, Tensor value, Tensor lower, Tensor upper,
                      int64_t interpolation);
+
+void topk_support(const Tensor& ids, const Tensor& logprobs, std::optional<Tensor> log_z,
+                  std::optional<Tensor> tail_logprob, std::optional<Tensor> token_temperature, Tensor sorted_ids,
+                  Tensor sorted_logprobs, Tensor tail, Tensor mass, int64_t num_classes, int64_t support,
+                  int64_t duplicates, int64_t fallback, double temperature);
+
+void topk_distillation(const Tensor& logits, const Tensor& ids, const Tensor& logprobs, const Tensor& tail,
+                       std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                       std::optional<Tensor> normalizer, std::optional<Tensor> token_temperature,
+                       std::optional<Tensor> group_ids, Tensor loss, Tensor denominator, Tensor kd_loss,
+                       Tensor token_loss, Tensor student_mass, Tensor rest, std::optional<Tensor> sketch,
+                       std::optional<Tensor> kd_sketch, std::optional<Tensor> dlogits, int64_t ignore_index,
+                       int64_t reduction, int64_t support, int64_t divergence, double beta, double temperature,
+                       bool temperature_squared, double kd_weight, double ce_weight, double softcap, double logit_scale,
+                       bool zero_if_empty);
+
+void topk_distillation_backward(const Tensor& dloss, const Tensor& logits, const Tensor& ids, const Tensor& logprobs,
+                                const Tensor& tail, std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                                std::optional<Tensor> token_temperature, const Tensor& denominator,
+                                const Tensor& token_loss, const Tensor& rest, Tensor dlogits, int64_t ignore_index,
+                                int64_t reduction, int64_t support, int64_t divergence, double beta, double temperature,
+                                bool temperature_squared, double kd_weight, double ce_weight, double softcap,
+                                double logit_scale, bool filled);
 
 }  // namespace xentile

@@ -259,7 +259,3 @@ template <class F>
 constexpr xentile::RowKernels<float> kRowKernels = {reduce<F>, gradient<F>, scale<F>};
 
 }  // namespace
-
-#define XENTILE_KERNEL_TABLE(isa)                                                                         \
-  const xentile::KernelTable xentile::kernels_##isa = {#isa, kRowKernels<Float32>, kRowKernels<BFloat16>, \
-                                                       kRowKernels<Float16>, count};

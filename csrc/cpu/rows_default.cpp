@@ -1,3 +1,3 @@
-#include "rows.h"
+#include "kernel_table.h"
 
 XENTILE_KERNEL_TABLE(default)

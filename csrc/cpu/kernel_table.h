@@ -1,0 +1,18 @@
+// All kernels of one instruction set.
+#pragma once
+#include "rows.h"
+#include "teacher_rows.h"
+#include "topk_rest.h"
+
+#define XENTILE_KERNEL_TABLE(isa)                                              \
+  const xentile::KernelTable xentile::kernels_##isa = {#isa,                   \
+                                                       kRowKernels<Float32>,   \
+                                                       kRowKernels<BFloat16>,  \
+                                                       kRowKernels<Float16>,   \
+                                                       kRestKernels<Float32>,  \
+                                                       kRestKernels<BFloat16>, \
+                                                       kRestKernels<Float16>,  \
+                                                       kTopKKernels<Float32>,  \
+                                                       kTopKKernels<BFloat16>, \
+                                                       kTopKKernels<Float16>,  \
+                                                       count};
