@@ -45,13 +45,13 @@ struct LimbSums {
   VecD sum_hi = {}, square_hi = {}, square_mid = {};
   VecL sum_lo = {}, square_lo = {};
 
-  // v: x * 2**10. below_16: then no square has a highest limb.
+  // below_16: then no square has a highest limb.
   template <bool below_16>
-  XENTILE_INLINE void add(VecD v) {
-    const VecD sum = v * 0x1p10, whole = floor(sum);
+  XENTILE_INLINE void add(VecD x) {
+    const VecD sum = x * 0x1p20, whole = floor(sum);  // in units of 2**-20, as the square
     sum_hi += whole;
     sum_lo += (VecL)(sum - whole + kRound);
-    VecD square = v * v;  // in units of 2**-20
+    VecD square = sum * x;
     if constexpr (!below_16) {
       const VecD top = floor(square * 0x1p-28);
       square_hi += top;
@@ -75,14 +75,14 @@ struct LimbSums {
   static constexpr double kRound = 0x1.8p24;
 };
 
-// Raises the counts of bin[0:kCountBlock] and adds up value[0:kCountBlock], which is x * 2**10.
+// Raises the counts of bin[0:kCountBlock] and adds up x[0:kCountBlock].
 template <bool below_16>
-void add_block(const uint32_t* bin, const float* value, uint32_t* histogram, Totals* totals) {
+void add_block(const uint32_t* bin, const float* x, uint32_t* histogram, Totals* totals) {
   LimbSums sums;
   for (int j = 0; j < kCountBlock; j += kLanes) {
     // Scalar and vector instructions of one iteration fill different parts of the processor.
     for (int k = 0; k < kLanes; k++) histogram[bin[j + k]]++;
-    for (int k = 0; k < kLanes; k += kDoubles) sums.add<below_16>(doubles(value + j + k));
+    for (int k = 0; k < kLanes; k += kDoubles) sums.add<below_16>(doubles(x + j + k));
   }
   sums.add_to(totals);
 }
@@ -94,34 +94,65 @@ XENTILE_INLINE int32_t extreme(VecI v) {
   return found;
 }
 
-// See KernelTable.
-BlockCount count(const float* x, int shift, int first_key, int bins, uint32_t* histogram, Totals* totals) {
+// The bins of a block and what is to be added up, with the smallest and the largest bits of that: positive floats are
+// ordered as their bits.
+struct Block {
   alignas(64) uint32_t bin[kCountBlock];
-  alignas(64) float value[kCountBlock];
+  alignas(64) float kept[kCountBlock];
+  int32_t low, high;
+};
+
+// If all values are in bins, their bins; false if they are not. Nearly all blocks are done by this.
+XENTILE_INLINE bool find_bins(const float* x, int shift, int first_key, int bins, Block* block) {
+  const VecU last_bin = VecU{} + (uint32_t)(bins - 1);
+  VecI outside = {}, smallest = VecI{} + INT32_MAX, largest = {};
+  for (int j = 0; j < kCountBlock; j += kLanes) {
+    const VecI bits = (VecI)load(x + j), b = (bits >> shift) - first_key;
+    outside |= (VecU)b > last_bin;
+    smallest = bits < smallest ? bits : smallest;
+    largest = bits > largest ? bits : largest;
+    *reinterpret_cast<VecI*>(block->bin + j) = b;
+  }
+  block->low = extreme<false>(smallest), block->high = extreme<true>(largest);
+  return total(outside) == 0;
+}
+
+// Of a block with any values; 0 is kept of those that are not counted.
+BlockCount sort_out(const float* x, int shift, int first_key, int bins, Block* block) {
   const VecI nowhere = lane_index() + bins;  // a counter each, because the next increment of the same one has to wait
   const VecU first_bits = VecU{} + ((uint32_t)first_key << shift), last_bin = VecU{} + (uint32_t)(bins - 1);
   VecI below = {}, others = {}, smallest = VecI{} + INT32_MAX, largest = {};
   for (int j = 0; j < kCountBlock; j += kLanes) {
     const VecI bits = (VecI)load(x + j), b = (bits >> shift) - first_key;
     const VecI tiny = (VecU)bits < first_bits, outside = (VecU)b > last_bin, other = outside & ~tiny;
-    const VecI kept = bits & ~other, lowest = (bits | other) & INT32_MAX;  // positive floats are ordered as their bits
+    const VecI kept = bits & ~other, lowest = (bits | other) & INT32_MAX;
     below -= tiny;
     others -= other;
     smallest = lowest < smallest ? lowest : smallest;
     largest = kept > largest ? kept : largest;
-    *reinterpret_cast<VecI*>(bin + j) = outside ? nowhere : b;
-    store(value + j, (VecF)kept * 0x1p10f);
+    *reinterpret_cast<VecI*>(block->bin + j) = outside ? nowhere : b;
+    store(block->kept + j, (VecF)kept);
   }
-  const BlockCount counted = {(int)total(below), (int)total(others)};
-  const int32_t low = extreme<false>(smallest), high = extreme<true>(largest);
+  block->low = extreme<false>(smallest), block->high = extreme<true>(largest);
+  return {(int)total(below), (int)total(others)};
+}
+
+// See KernelTable.
+BlockCount count(const float* x, int shift, int first_key, int bins, uint32_t* histogram, Totals* totals) {
+  Block block;
+  BlockCount outside = {};
+  if (!find_bins(x, shift, first_key, bins, &block)) {
+    outside = sort_out(x, shift, first_key, bins, &block);
+    x = block.kept;
+  }
   constexpr int32_t bits_of_16 = 0x41800000;
-  (high < bits_of_16 ? add_block<true> : add_block<false>)(bin, value, histogram, totals);
-  if (counted.others < kCountBlock) {
-    const int64_t max_key = high + (INT64_C(1) << 31) + 1, min_key = (INT64_C(1) << 31) - low;
+  (block.high < bits_of_16 ? add_block<true> : add_block<false>)(block.bin, x, histogram, totals);
+  if (outside.others < kCountBlock) {
+    const int64_t max_key = block.high + (INT64_C(1) << 31) + 1, min_key = (INT64_C(1) << 31) - block.low;
     totals->max_key = max_key > totals->max_key ? max_key : totals->max_key;
     totals->min_key = min_key > totals->min_key ? min_key : totals->min_key;
   }
-  return counted;
+  return outside;
 }
 
 }  // namespace
