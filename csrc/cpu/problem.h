@@ -14,17 +14,19 @@ namespace xentile {
 
 enum Reduction { kNone, kMean, kSum };
 
-// The target of each row, from int64 or int32.
+// The target of each row, from int64 or int32. Without targets no row may be asked for.
 class Targets {
  public:
-  Targets(const Tensor& target, int64_t rows, int64_t columns, int64_t ignore_index)
+  Targets(const std::optional<Tensor>& target, int64_t rows, int64_t columns, int64_t ignore_index)
       : columns_(columns), ignore_index_(ignore_index) {
-    if (target.scalar_type() == ScalarType::Int) {
-      narrow_ = read<int32_t>(target, ScalarType::Int, rows, "target");
+    if (!target) return;
+    if (target->scalar_type() == ScalarType::Int) {
+      narrow_ = read<int32_t>(*target, ScalarType::Int, rows, "target");
     } else {
-      wide_ = read<int64_t>(target, ScalarType::Long, rows, "target");
+      wide_ = read<int64_t>(*target, ScalarType::Long, rows, "target");
     }
   }
+  explicit operator bool() const { return wide_ || narrow_; }
   int64_t operator[](int64_t i) const { return wide_ ? wide_[i] : narrow_[i]; }
   bool ignored(int64_t i) const { return (*this)[i] == ignore_index_; }
   bool in_range(int64_t i) const { return (*this)[i] >= 0 && (*this)[i] < columns_; }
@@ -62,9 +64,9 @@ struct Problem {
 };
 
 template <class Acc>
-Problem<Acc> make_problem(const RowKernels<Acc>& kernels, int64_t item, const Tensor& logits, const Tensor& target,
-                          const std::optional<Tensor>& class_weight, const std::optional<Tensor>& token_weights,
-                          int64_t ignore_index, const Options& options) {
+Problem<Acc> make_problem(const RowKernels<Acc>& kernels, int64_t item, const Tensor& logits,
+                          const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                          const std::optional<Tensor>& token_weights, int64_t ignore_index, const Options& options) {
   STD_TORCH_CHECK(
       logits.is_cpu() && logits.dim() == 2 && logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1),
       "xentile: logits must be a CPU matrix with at least one column, contiguous in its last dimension");
@@ -100,12 +102,17 @@ class Gradient {
   explicit operator bool() const { return data_; }
 
   template <class Acc>
+  char* row(const Problem<Acc>& problem, int64_t i) const {
+    return data_ + i * problem.row_bytes;
+  }
+
+  template <class Acc>
   void fill_row(const Problem<Acc>& problem, int64_t i, Acc g, Acc token_loss, Acc max, Acc sum_exp,
                 const Kept* kept) const {
     const int64_t target = problem.targets[i];
     g *= problem.token_weight_of(i);
     const Coefficients<Acc> c = coefficients(problem.loss_task, g, problem.weight_of(target), token_loss, max, sum_exp);
-    problem.kernels.gradient(problem.row_task, problem.row(i), target, c, data_ + i * problem.row_bytes, kept);
+    problem.kernels.gradient(problem.row_task, problem.row(i), target, c, row(problem, i), kept);
   }
 
   // Whether a row of it can hold float32 numbers meanwhile.
@@ -116,12 +123,12 @@ class Gradient {
 
   template <class Acc>
   float* floats(const Problem<Acc>& problem, int64_t i) const {
-    return reinterpret_cast<float*>(data_ + i * problem.row_bytes);
+    return reinterpret_cast<float*>(row(problem, i));
   }
 
   template <class Acc>
   void clear_row(const Problem<Acc>& problem, int64_t i) const {
-    std::memset(data_ + i * problem.row_bytes, 0, problem.row_bytes);
+    std::memset(row(problem, i), 0, problem.row_bytes);
   }
 
  private:
