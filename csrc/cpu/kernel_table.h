@@ -1,5 +1,6 @@
 // All kernels of one instruction set.
 #pragma once
+#include "dense_rows.h"
 #include "rows.h"
 #include "teacher_rows.h"
 #include "topk_rest.h"
@@ -15,4 +16,5 @@
                                                        kTopKKernels<Float32>,  \
                                                        kTopKKernels<BFloat16>, \
                                                        kTopKKernels<Float16>,  \
+                                                       kDenseKernels,          \
                                                        count};

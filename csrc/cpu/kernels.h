@@ -6,6 +6,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "dense_kernels.h"
 #include "teacher_kernels.h"
 #include "topk_kernels.h"
 
@@ -83,6 +84,7 @@ struct KernelTable {
   RowKernels<float> float32, bfloat16, float16;
   RestKernels float32_rest, bfloat16_rest, float16_rest;
   TopKKernels topk_float32, topk_bfloat16, topk_float16;
+  DenseKernels dense;
   // Counts x[0:kCountBlock] in histogram[0:bins], and in *totals with those below the bins, but not the others. What is
   // in histogram[bins:bins + kNowhere] afterwards means nothing.
   sketch::BlockCount (*count)(const float* x, int shift, int first_key, int bins, uint32_t* histogram,

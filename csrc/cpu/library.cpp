@@ -72,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(xentile, CPU, m) {
   m.impl("topk_support", TORCH_BOX(&xentile::topk_support));
   m.impl("topk_distillation", TORCH_BOX(&xentile::topk_distillation));
   m.impl("topk_distillation_backward", TORCH_BOX(&xentile::topk_distillation_backward));
+  m.impl("distillation", TORCH_BOX(&xentile::distillation));
+  m.impl("distillation_backward", TORCH_BOX(&xentile::distillation_backward));
   m.impl("scale_", TORCH_BOX(&xentile::scale_));
   m.impl("sketch_update", TORCH_BOX(&xentile::sketch_update));
   m.impl("sketch_quantile", TORCH_BOX(&xentile::sketch_quantile));

@@ -26,6 +26,21 @@ void cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Ten
 void teacher_topk(const Tensor& logits, const Tensor& temperatures, Tensor ids, Tensor logprobs, Tensor log_z,
                   Tensor tail_logprob, double softcap, double logit_scale);
 
+void distillation(const Tensor& logits, const Tensor& teacher_logits, std::optional<Tensor> target,
+                  std::optional<Tensor> token_weight, std::optional<Tensor> normalizer,
+                  std::optional<Tensor> token_temperature, std::optional<Tensor> group_ids, Tensor loss,
+                  Tensor denominator, Tensor kd_loss, Tensor token_loss, Tensor rows, std::optional<Tensor> sketch,
+                  std::optional<Tensor> kd_sketch, std::optional<Tensor> dlogits, int64_t ignore_index,
+                  int64_t reduction, int64_t divergence, double beta, double temperature, bool temperature_squared,
+                  double kd_weight, double ce_weight, double softcap, double logit_scale, bool zero_if_empty);
+
+void distillation_backward(const Tensor& dloss, const Tensor& logits, const Tensor& teacher_logits,
+                           std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                           std::optional<Tensor> token_temperature, const Tensor& denominator, const Tensor& token_loss,
+                           const Tensor& rows, Tensor dlogits, int64_t ignore_index, int64_t reduction,
+                           int64_t divergence, double beta, double temperature, bool temperature_squared,
+                           double kd_weight, double ce_weight, double softcap, double logit_scale, bool filled);
+
 void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::optional<Tensor> weights,
                    std::optional<Tensor> group_ids, Tensor sketch, int64_t unit);
 
