@@ -168,7 +168,7 @@ def scales_of(inputs: Inputs, options: Options, wanted: Outputs) -> Scales:
     """
     inputs = inputs.double()
     task = options.task(inputs.token_temperature)
-    valid, live, t, x = spec._rows(inputs.logits, inputs.target, task)
+    _, live, t, x = spec._rows(inputs.logits, inputs.target, task)
     student = spec._student(x, inputs.ids, task)
     log_p, log_q, present, _ = spec._classes(inputs.logprobs, inputs.tail, student, task)
     p, q = (torch.where(present, log.exp(), 0.0) for log in (log_p, log_q))
@@ -212,7 +212,9 @@ def require(name: str, actual: Tensor, wanted: Tensor, tolerance: Tensor | float
         where = [int(index) for index in torch.unravel_index(torch.tensor(worst), actual.shape)]
         got, should = actual.flatten()[worst].item(), wanted.flatten()[worst].item()
         times = ratio.flatten()[worst].item()
-        raise AssertionError(f"{name}: {got!r} at {where} of {list(actual.shape)}, exactly {should!r}; {times:.3g} times the tolerance")
+        raise AssertionError(
+            f"{name}: {got!r} at {where} of {list(actual.shape)}, exactly {should!r}; {times:.3g} times the tolerance"
+        )
 
 
 def assert_exact(inputs: Inputs, options: Options, actual: Outputs) -> Outputs:
@@ -223,10 +225,20 @@ def assert_exact(inputs: Inputs, options: Options, actual: Outputs) -> Outputs:
     kd_tolerance = RELATIVE * (scales.kd + wanted.kd_loss.abs()) + z_error + 1e-37
     require("kd_loss", actual.kd_loss, wanted.kd_loss, kd_tolerance)
     below = (-wanted.token_loss.abs().clamp(1e-37).log() - 16).clamp(min=0)
-    require("token_loss", actual.token_loss, wanted.token_loss, (RELATIVE + PER_EXPONENT * below) * wanted.token_loss + z_error + 1e-37)
+    require(
+        "token_loss",
+        actual.token_loss,
+        wanted.token_loss,
+        (RELATIVE + PER_EXPONENT * below) * wanted.token_loss + z_error + 1e-37,
+    )
     finite = ~wanted.kd_loss.isnan()
     mass = wanted.student_mass
-    require("student_mass", actual.student_mass[finite], mass[finite], (RELATIVE - PER_EXPONENT * mass.clamp(1e-37).log())[finite] * mass[finite] + z_error)
+    require(
+        "student_mass",
+        actual.student_mass[finite],
+        mass[finite],
+        (RELATIVE - PER_EXPONENT * mass.clamp(1e-37).log())[finite] * mass[finite] + z_error,
+    )
     weight = torch.ones_like(kd_tolerance) if inputs.token_weight is None else inputs.token_weight.double()
     heat = options.temperature if inputs.token_temperature is None else inputs.token_temperature.double()
     loss = options.kd_weight * (heat**2 if options.temperature_squared else 1.0) * kd_tolerance
@@ -255,7 +267,7 @@ def assert_counted(inputs: Inputs, options: Options, actual: Outputs) -> None:
 def assert_gradient(
     inputs: Inputs, options: Options, actual: Tensor, wanted: Outputs, dloss: Tensor | float = 1.0
 ) -> None:
-    """Within one rounding of the output, plus the error of float32 arithmetic. Rows without a loss are not looked at."""
+    """Within one rounding of the output, plus the error of float32 arithmetic. Not of rows without a loss."""
     assert wanted.dlogits is not None
     factor = torch.as_tensor(dloss, dtype=torch.float64)
     factor = factor[:, None] if factor.dim() else factor
