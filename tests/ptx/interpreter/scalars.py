@@ -70,7 +70,7 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
     half_way = total.view(np.uint64) & np.uint64(0x1FFFFFFF) == 0x10000000
     doubtful = half_way | (np.abs(total) < SMALLEST_NORMAL)
     if doubtful.any():
-        picked = np.flatnonzero(doubtful & np.isfinite(total))
+        picked = np.nonzero(doubtful & np.isfinite(total))  # f32x2 has two axes
         rounded, lost = _two_sum(product[picked], addend[picked])
         even = (rounded.view(np.uint64) & np.uint64(1)) == 0
         away = np.where((lost > 0) == (rounded > 0), 1, -1)

@@ -78,7 +78,7 @@ _ENTRIES: dict[str, tuple[str, str]] = {
     "mov": ("", f"pred {PLAIN}"),
     "cvta": ("global", "u64"),
     "cvta.to": ("global", "u64"),
-    "cvt": ("", _pairs(f"{INTEGER} u8 s8", f"{INTEGER} u8 s8") + " f32.f16 f32.bf16 f64.f32 f64.f16"),
+    "cvt": ("", _pairs(f"{INTEGER} u8 s8", f"{INTEGER} u8 s8") + " f32.f16 f32.bf16 f64.f32 f64.f16 f64.bf16"),
     "cvt.ftz": ("", "f64.f32"),
     "cvt.rn": (
         "ftz relu",
