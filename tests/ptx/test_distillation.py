@@ -137,13 +137,13 @@ def bytes_of(launches: list[Launch], tensor_name: str, kind: str) -> int:
 
 
 def test_the_row_is_read_twice_and_written_once() -> None:
-    """And the groups with a column of the support once more; the bitmap is a bit for 16 bytes."""
+    """And the groups with a column of the support once more; the bitmap is small beside the row."""
     inputs = random_inputs(2, 50257, 64, torch.bfloat16, ONE_EXPONENTIAL)
     _, launches = run(90, inputs, ONE_EXPONENTIAL)
     nbytes, groups = inputs.logits.nbytes, 2 * 64 * 16
     assert 2 * nbytes <= bytes_of(launches, "x_ptr", "loaded") <= 1.05 * (2 * nbytes + groups)
     assert nbytes < bytes_of(launches, "dx_ptr", "stored") <= 1.01 * nbytes
-    assert bytes_of(launches, "bitmap_ptr", "stored") <= 0.02 * nbytes
+    assert bytes_of(launches, "bitmap_ptr", "stored") <= 0.05 * nbytes
 
 
 def test_ignored_rows_are_not_read() -> None:
