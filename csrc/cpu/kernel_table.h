@@ -3,7 +3,7 @@
 #include "dense_rows.h"
 #include "rows.h"
 #include "teacher_rows.h"
-#include "topk_rest.h"
+#include "topk_rest_gradient.h"
 
 #define XENTILE_KERNEL_TABLE(isa)                                              \
   const xentile::KernelTable xentile::kernels_##isa = {#isa,                   \

@@ -48,7 +48,7 @@ class Forward {
     if (sketches.kd_loss) kd_counter_.emplace(*sketches.kd_loss);
     if (!gradient) return;
     maxima_.resize(kept_maxima(problem.base.columns));
-    if (!gradient.holds_floats(problem.base)) exponentials_.reset(new float[problem.base.columns]);
+    exponentials_.reset(new float[2 * problem.base.columns]);
   }
 
   void row(int64_t i, int64_t group) {
@@ -58,9 +58,7 @@ class Forward {
     }
     const bool live = problem_.live(i);
     rows_.begin(i);
-    std::optional<Kept> kept;
-    if (gradient_ && live && rows_.can_keep())
-      kept = Kept{exponentials_ ? exponentials_.get() : gradient_.floats(problem_.base, i), maxima_.data()};
+    const std::optional<KeptRest> kept = live ? keep(i) : std::nullopt;
     const RestSums sums = rows_.reduce(kept ? &*kept : nullptr);
     const TopkRow& row = rows_.read(sums.max, sums.tempered, sums.plain);
     const float mass = row.student_mass(), weight = problem_.base.token_weight_of(i);
@@ -80,6 +78,13 @@ class Forward {
     if (counter_) counter_->add_token(reason, group, 1);
     if (kd_counter_) kd_counter_->add_token(reason, group, 1);
     if (gradient_) gradient_.clear_row(problem_.base, i);
+  }
+
+  std::optional<KeptRest> keep(int64_t i) {
+    if (!gradient_) return {};
+    float *one = exponentials_.get(), *other = one + problem_.base.columns;
+    if (gradient_.holds_floats(problem_.base)) one = gradient_.floats(problem_.base, i);
+    return rows_.kept(one, other, maxima_.data());
   }
 
   const TopkProblem& problem_;
@@ -169,6 +174,9 @@ struct TopkOptions {
 };
 
 TopkTask make_task(const TopkOptions& o) {
+  STD_TORCH_CHECK(o.support >= kTruncated && o.support <= kSampled, "xentile: support has no such code");
+  STD_TORCH_CHECK(o.divergence >= kForwardKl && o.divergence <= kTotalVariation,
+                  "xentile: divergence has no such code");
   const auto support = static_cast<SupportCode>(o.support);
   const auto divergence = static_cast<DivergenceCode>(o.divergence);
   const double share = divergence == kSkewReverseKl ? 1 - o.beta : o.beta;

@@ -4,8 +4,6 @@
 
 namespace xentile {
 
-struct Kept;
-
 // 1 / T in two parts. low > 0, also where it means nothing: -inf * low shall be -inf.
 struct InverseTemperature {
   float high, low;
@@ -35,12 +33,18 @@ struct RestCoefficients {
   float max, tempered, plain;
 };
 
+// As `Kept`, of the exponentials that a task wants, for logits without a transform.
+struct KeptRest {
+  float *tempered, *plain;  // (V), null where not wanted
+  float* maxima;            // (kept_maxima(V))
+};
+
 struct RestKernels {
-  // kept: null, or where to leave the exponentials, those of z / T if the task wants both.
-  void (*reduce)(const RestTask&, const void* x, RestSums* sums, const Kept* kept);
-  // dx may be x. kept: null, or what `reduce` left for the same row and the one part that is wanted. Excluded columns
-  // receive anything.
-  void (*gradient)(const RestTask&, const void* x, const RestCoefficients&, void* dx, const Kept* kept);
+  // kept: null, or where to leave the exponentials.
+  void (*reduce)(const RestTask&, const void* x, RestSums* sums, const KeptRest* kept);
+  // dx may be x. kept: null, or what `reduce` left for the same row, and at least what is wanted now; one of its arrays
+  // may be dx. Excluded columns receive anything.
+  void (*gradient)(const RestTask&, const void* x, const RestCoefficients&, void* dx, const KeptRest* kept);
   void (*gather)(const void* x, const int32_t* columns, int64_t n, float* values);
   void (*scatter)(const float* values, const int32_t* columns, int64_t n, void* x);
 };

@@ -60,16 +60,17 @@ class TopkRows {
     problem_.kernels.gather(x_, ids_, input_.size, logits_.data());
   }
 
-  // Whether the gradient is a multiple of exponentials that phase 1 computes.
-  bool can_keep() const {
-    const RestTask wanted = gradient_task();
-    return wanted.tempered != wanted.plain && wanted.tempered == is_tempered() && problem_.task.softcap == 0 &&
-           problem_.task.logit_scale == 1;
+  // Where phase 1 shall leave the exponentials, if the gradient is made of them: in one or both of two arrays.
+  std::optional<KeptRest> kept(float* one, float* other, float* maxima) const {
+    const RestTask wanted = gradient_task(), summed = reduce_task();
+    if (!(wanted.tempered || wanted.plain) || problem_.task.softcap != 0 || problem_.task.logit_scale != 1) return {};
+    if (!summed.tempered) return KeptRest{nullptr, one, maxima};
+    return KeptRest{one, summed.plain ? other : nullptr, maxima};
   }
 
-  RestSums reduce(const Kept* kept) const {
+  RestSums reduce(const KeptRest* kept) const {
     RestSums sums;
-    problem_.kernels.reduce(rest_task(is_tempered(), !is_tempered() || input_.has_target), x_, &sums, kept);
+    problem_.kernels.reduce(reduce_task(), x_, &sums, kept);
     if (!is_tempered()) sums.tempered = sums.plain;
     if (is_tempered() && !input_.has_target) sums.plain = sums.tempered;
     return sums;
@@ -90,7 +91,7 @@ class TopkRows {
   }
 
   // g: the gradient of the loss with respect to the row's loss.
-  void gradient(double g, char* dx, const Kept* kept) {
+  void gradient(double g, char* dx, const KeptRest* kept) {
     const RestTask task = gradient_task();
     for (int64_t k = 0; k < input_.size; k++) gradient_[k] = row_.support_gradient(g, k);
     if (task.tempered || task.plain) {
@@ -144,6 +145,8 @@ class TopkRows {
             tempered,
             plain};
   }
+
+  RestTask reduce_task() const { return rest_task(is_tempered(), !is_tempered() || input_.has_target); }
 
   RestTask gradient_task() const {
     const bool kd = problem_.task.has_tail_gradient(), ce = problem_.task.ce_weight != 0 && input_.has_target;
