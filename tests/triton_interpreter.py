@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_36
 from ptx.operators import PLAIN, Inputs, Options, Outputs, assert_exact, backward, exact, forward
 
 from xentile import _layout as layout
@@ -24,11 +25,19 @@ from xentile.reference import kernels
 MEAN, SUM, NONE = (layout.REDUCTIONS.index(name) for name in ("mean", "sum", "none"))
 EVERYTHING = Options(label_smoothing=0.1, z_loss=1e-3, softcap=5.0, logit_scale=0.7, ignore_index=3)
 
-STREAMED, SPLIT, RESIDENT = Rows(32, 32), Rows(32, 32, splits=3), None  # None: the launcher's own choice for short rows
-LAUNCHES = pytest.mark.parametrize("rows", [STREAMED, SPLIT, RESIDENT], ids=["streamed", "split", "resident"])
+STREAMED, SPLIT, RESIDENT = Rows(32, 32), Rows(32, 32, splits=3), Rows(256, 32, resident=True)
+SEVERAL = None  # rows a program: the launcher's own choice for short ones
+LAUNCHES = pytest.mark.parametrize(
+    "rows", [STREAMED, SPLIT, RESIDENT, SEVERAL], ids=["streamed", "split", "resident", "several"]
+)
 
 # numpy's warnings, about the infinities and NaN that are tested
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def interpreter_of_any_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_36.mend(monkeypatch)
 
 
 def run(inputs: Inputs, options: Options = PLAIN, rows: Rows | None = None, **choices: Any) -> Outputs:
@@ -139,7 +148,7 @@ class TestRows:
         inputs.logits.copy_((inputs.logits * 64).round() / 64 - 1e4)  # exact in float32 at this size
         assert_exact(inputs, PLAIN, run(inputs, rows=rows))
 
-    @LAUNCHES
+    @pytest.mark.parametrize("rows", [STREAMED, SPLIT, SEVERAL], ids=["streamed", "split", "several"])
     @pytest.mark.parametrize(("offset", "stride"), [(1, 70), (3, 81)])
     def test_rows_of_any_alignment(self, offset: int, stride: int, rows: Rows | None) -> None:
         memory = torch.full((4 * stride + offset,), torch.nan)  # what lies between the rows must not be read

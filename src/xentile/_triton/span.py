@@ -104,7 +104,7 @@ def fold(
         if valid is not None:
             below = tl.where(valid, below, 0.0)
         deficit += seen * (b_new - b) + tl.sum(below, 1)
-        seen += tl.sum(w, 1)
+        seen += tl.sum(w + 0.0, 1)  # Triton 3.6 fails to compile the sum of a load in a loop
     if RANK:
         before = (x > x_t) | ((x == x_t) & (k < target_tile)[:, None])
         if valid is not None:
