@@ -98,7 +98,7 @@ def row_terms(m, z_t, rest, gap):
     in PyTorch.
     """
     below = m - z_t
-    e_t = tl.where(below < INFINITY, exp(-below), 0.0)
+    e_t = tl.where(below == INFINITY, 0.0, exp(-below))  # a target of NaN is not lost
     total = rest + e_t
     log_s = tl.log(total)
     # The target is the maximum: total = 1 + rest, and the quotient undoes the rounding of that sum.
