@@ -1,7 +1,11 @@
-"""Every test: a fixed seed, uninitialised memory filled with NaN, and the device it is asked to run on."""
+"""Every test: a fixed seed, uninitialised memory filled with NaN, and the device it is asked to run on.
+
+Without Triton the tests of its kernels are left out.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +13,16 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+collect_ignore = [] if find_spec("triton") else ["ptx", "static", "test_triton.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled Triton kernels are kept for the session, in a folder of their own."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @pytest.fixture(autouse=True)
