@@ -141,11 +141,16 @@ PER_EXPONENT = 2.0**-23
 TANH = 2.0**-21
 
 
+def far_below(value: Tensor) -> Tensor:
+    """Of a loss of exp(-16) and less: how far below the maximum the logits are that make it."""
+    return (-value.abs().clamp(1e-37).log() - 16).clamp(min=0)
+
+
 def assert_close(name: str, actual: Tensor, wanted: Tensor, relative: float, absolute: float = 1e-37) -> None:
     """Equal within the tolerance; the same infinities and NaN."""
     wanted = wanted.double()
-    below = (-wanted.abs().clamp(1e-37).log() - 16).clamp(min=0)  # a loss of exp(-16) is the rest far below the maximum
-    _require(name, actual.double(), wanted, (relative + PER_EXPONENT * below) * wanted.abs() + absolute)
+    tolerance = (relative + PER_EXPONENT * far_below(wanted)) * wanted.abs() + absolute
+    _require(name, actual.double(), wanted, tolerance)
 
 
 def assert_gradient(inputs: Inputs, options: Options, actual: Tensor, wanted: Outputs, scale: float = 1.0) -> None:
@@ -153,7 +158,7 @@ def assert_gradient(inputs: Inputs, options: Options, actual: Tensor, wanted: Ou
     assert wanted.dlogits is not None
     z = reference.transform(inputs.logits.double(), options.logit_scale, options.softcap)
     below = (wanted.row_max[:, None] - z).nan_to_num(0.0, 0.0, 0.0).clamp(max=200)
-    relative = RELATIVE + PER_EXPONENT * below
+    relative = RELATIVE + PER_EXPONENT * torch.maximum(below, far_below(wanted.token_loss)[:, None].nan_to_num(0.0))
     if options.softcap:
         relative = relative + TANH * (options.softcap + 1 / (1 - (z / options.softcap) ** 2).clamp(min=2.0**-20))
     smooth = options.label_smoothing / z.shape[1] / wanted.denominator.abs() * abs(scale)

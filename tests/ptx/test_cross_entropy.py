@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -37,8 +38,9 @@ MACHINES = [
     for dtype in (torch.float32, torch.bfloat16)
 ]
 TWO_MACHINES = [MACHINES[0], MACHINES[3]]
-# V: one element; less than 16 bytes; a row kept in registers, whole groups of 16 bytes; streamed, of any alignment
-SIZES = [1, 7, 1000, 50257]
+# V: one element; several rows a program: a thread each, of any alignment, with 16-byte loads; a row a program, kept in
+# registers and streamed
+SIZES = [1, 10, 51, 1000, 5003, 50257]
 
 
 class Result(NamedTuple):
@@ -136,7 +138,7 @@ def test_awkward_rows(dtype: torch.dtype, size: int) -> None:
     assert_exact(inputs, PLAIN, outputs, wanted=wanted)
 
 
-@pytest.mark.parametrize("size", [50257, 1000])
+@pytest.mark.parametrize("size", [1000, 5003, 50257])
 def test_target_in_any_tile_and_in_both_edges(size: int) -> None:
     columns = [*range(3), *range(size // 7, size - 10, size // 7), size - 2, size - 1]
     inputs = random_inputs(len(columns), size, torch.bfloat16)
@@ -144,7 +146,7 @@ def test_target_in_any_tile_and_in_both_edges(size: int) -> None:
     assert_exact(inputs, PLAIN, run(90, inputs).outputs)
 
 
-@pytest.mark.parametrize("size", [1000, 50257])
+@pytest.mark.parametrize("size", [1000, 5003, 50257])
 def test_confident_tokens_keep_their_digits(size: int) -> None:
     """Losses from 1 down to 1e-7, with the target late and early in the row: within 1e-6 of float64."""
     inputs = random_inputs(16, size, torch.float32)
@@ -159,21 +161,23 @@ def test_confident_tokens_keep_their_digits(size: int) -> None:
     assert error.max() <= 1e-6, f"relative errors {error.tolist()}"
 
 
-@pytest.mark.parametrize("shift", [1, 3, 7])
-def test_rows_that_start_anywhere(shift: int) -> None:
+@pytest.mark.parametrize("size", [100, 5003])
+@pytest.mark.parametrize("shift", [1, 2, 3, 7])
+def test_rows_that_start_anywhere(shift: int, size: int) -> None:
     """A view whose rows begin at every alignment, between columns of NaN that must not be read."""
-    wide = torch.full((6, 5003 + 2 * shift), torch.nan, dtype=torch.bfloat16)
-    inputs = random_inputs(6, 5003, torch.bfloat16)
+    wide = torch.full((6, size + 2 * shift), torch.nan, dtype=torch.bfloat16)
+    inputs = random_inputs(6, size, torch.bfloat16)
     wide[:, shift:-shift] = inputs.logits
     inputs = inputs._replace(logits=wide[:, shift:-shift])
     assert_exact(inputs, PLAIN, run(90, inputs).outputs)
 
 
-def test_rows_more_than_two_to_the_31_elements_apart() -> None:
+@pytest.mark.parametrize("size", [1000, 5003])
+def test_rows_more_than_two_to_the_31_elements_apart(size: int) -> None:
     """Offsets in 64 bits: the same machine code with the second row far away."""
     from .interpreter import Scattered
 
-    inputs = random_inputs(2, 5003, torch.bfloat16)
+    inputs = random_inputs(2, size, torch.bfloat16)
     outputs, launches = run(90, inputs, gradient=False)
     stride = 2**31 + 8
     rows = [row.contiguous().view(torch.uint8).numpy() for row in inputs.logits]
@@ -198,7 +202,7 @@ def test_few_rows_split_over_programs(architecture: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("size", [7, 5003])
+@pytest.mark.parametrize("size", [10, 51, 1000, 5003])
 def test_backward_equals_the_fused_gradient(size: int, options: Options) -> None:
     inputs = random_inputs(4, size, torch.bfloat16)
     inputs = everything(inputs, 1) if options is EVERYTHING else inputs
@@ -209,8 +213,9 @@ def test_backward_equals_the_fused_gradient(size: int, options: Options) -> None
     assert torch.equal(separate, outputs.dlogits)
 
 
-def test_backward_of_a_filled_gradient_touches_nothing_when_the_upstream_gradient_is_one() -> None:
-    inputs = random_inputs(3, 5003, torch.bfloat16)
+@pytest.mark.parametrize("size", [100, 5003])
+def test_backward_of_a_filled_gradient_touches_nothing_when_the_upstream_gradient_is_one(size: int) -> None:
+    inputs = random_inputs(3, size, torch.bfloat16)
     outputs, _ = run(90, inputs)
     assert outputs.dlogits is not None
     filled = outputs.dlogits.clone()
@@ -222,10 +227,11 @@ def test_backward_of_a_filled_gradient_touches_nothing_when_the_upstream_gradien
     assert torch.equal(filled, outputs.dlogits * 65536)
 
 
+@pytest.mark.parametrize("size", [100, 5003])
 @pytest.mark.parametrize(("architecture", "dtype"), TWO_MACHINES)
-def test_backward_with_a_gradient_per_row(architecture: int, dtype: torch.dtype) -> None:
+def test_backward_with_a_gradient_per_row(architecture: int, dtype: torch.dtype, size: int) -> None:
     options = Options(reduction=NONE)
-    inputs = random_inputs(4, 5003, dtype)
+    inputs = random_inputs(4, size, dtype)
     inputs.target[1] = -100
     dloss = torch.tensor([2.0, 5.0, 0.0, -1.5])
     outputs, _ = run(architecture, inputs, options, gradient=False)
@@ -237,7 +243,7 @@ def test_backward_with_a_gradient_per_row(architecture: int, dtype: torch.dtype)
     assert_gradient(inputs, options, gradient, wanted)
 
 
-@pytest.mark.parametrize("size", [1000, 50257])
+@pytest.mark.parametrize("size", [10, 1000, 5003, 50257])
 def test_gradient_over_the_logits_equals_the_gradient_beside_them(size: int) -> None:
     """And no thread stores where another may still read."""
     inputs = random_inputs(2, size, torch.bfloat16)
@@ -279,9 +285,11 @@ def test_results_are_the_same_bits_in_any_order_of_blocks() -> None:
 
 def _case(draw: st.DrawFn) -> tuple[int, Inputs, Options, int]:
     architecture, dtype = draw(st.sampled_from([(80, torch.float32), (90, torch.bfloat16)]))
-    # each range has one tile: the first two stay in registers; the last, and rows with gaps between them, are streamed
-    size = draw(st.one_of(st.integers(1, 128), st.integers(513, 1024), st.integers(32769, 33800)))
-    rows = draw(st.integers(1, 6 if size <= 1024 else 2))
+    # each range has one tile. In the first a program has several rows, in the second too, if they are aligned to four
+    # logits; else it has one in registers. In the last, and with gaps between the rows in the third, it is streamed.
+    ranges = [(33, 64), (513, 1024), (2049, 4096), (32769, 33800)]
+    size = draw(st.one_of(*(st.integers(*limits) for limits in ranges)))
+    rows = draw(st.integers(1, 6 if size <= 4096 else 2))
     inputs = random_inputs(
         rows, size, dtype, seed=draw(st.integers(0, 2**20)), scale=draw(st.sampled_from([0.01, 3, 40]))
     )
@@ -346,24 +354,50 @@ def test_fused_gradient_reads_twice_and_writes_once_when_streamed() -> None:
     assert 2 * nbytes <= bytes_of(launches, "x_ptr", "loaded") <= 1.05 * 2 * nbytes
 
 
-def test_fused_gradient_reads_once_and_writes_once_when_the_row_fits_in_registers() -> None:
-    inputs = random_inputs(8, 1000, torch.bfloat16)
+@pytest.mark.parametrize("size", [1000, 5003])
+def test_fused_gradient_reads_once_and_writes_once_when_the_row_fits_in_registers(size: int) -> None:
+    inputs = random_inputs(8, size, torch.bfloat16)
     _, launches = run(90, inputs)
     nbytes = inputs.logits.nbytes
     assert bytes_of(launches, "dx_ptr", "stored") == nbytes + 8 * 2  # the target's element is written over
     assert nbytes <= bytes_of(launches, "x_ptr", "loaded") <= 1.2 * nbytes
 
 
-def test_ignored_rows_are_not_read() -> None:
-    inputs = random_inputs(3, 5003, torch.bfloat16)
+@pytest.mark.parametrize("size", [1000, 5003])
+def test_ignored_rows_are_not_read(size: int) -> None:
+    inputs = random_inputs(3, size, torch.bfloat16)
     inputs.target[:] = -100
     _, launches = run(90, inputs)
     assert bytes_of(launches, "x_ptr", "loaded") == 0
     assert bytes_of(launches, "dx_ptr", "stored") == inputs.logits.nbytes
 
 
-def test_one_atomic_a_row_counts_the_loss() -> None:
-    inputs = random_inputs(8, 50257, torch.bfloat16)
+def work_of_rows(inputs: Inputs, rows: launch.Rows | None = None) -> Launch:
+    """What the forward launches over the rows, with the gradient; by the launcher's choice or another one."""
+    with pretended_gpu(90) as launches:
+        forward(functools.partial(triton.cross_entropy, rows=rows), inputs, statistics=False)
+    return next(done for done in launches if done.name in ("row_kernel", "short_row_kernel"))
+
+
+@pytest.mark.parametrize(("size", "times"), [(2, 30), (32, 15), (100, 3.5), (256, 2.5), (1000, 1.1)])
+def test_short_rows_together_take_fewer_instructions_than_each_alone(size: int, times: float) -> None:
+    inputs = random_inputs(128, size, torch.bfloat16)
+    together = work_of_rows(inputs).counts.instructions
+    alone = work_of_rows(inputs, launch.Rows(max(256, 1 << (size - 1).bit_length()), 32, resident=True))
+    assert alone.counts.instructions > times * together, f"{alone.counts.instructions / together:.1f} times"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_short_rows_are_read_sixteen_bytes_at_a_time(dtype: torch.dtype) -> None:
+    inputs = random_inputs(64, 256, dtype)
+    done = work_of_rows(inputs)
+    requests = done.counts.load_requests[list(done.arguments).index("x_ptr")]
+    again = 3 * 64 // (32 // 4)  # for each warp of eight rows: the target's logit, its group, that of the maximum
+    assert requests == inputs.logits.nbytes // (32 * 16) + again
+
+
+@pytest.mark.parametrize("size", [10, 50257])
+def test_one_atomic_a_row_counts_the_loss(size: int) -> None:
+    inputs = random_inputs(8, size, torch.bfloat16)
     _, launches = run(90, inputs)
-    main = max(launches, key=lambda done: done.counts.instructions)
-    assert main.named["atomics"].total() == len(inputs.logits)
+    assert [done.named["atomics"].total() for done in launches if "row_kernel" in done.name] == [len(inputs.logits)]

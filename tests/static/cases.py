@@ -35,7 +35,8 @@ class Case(NamedTuple):
         return self.size > 16384
 
 
-_LONG, _ODD, _SHORT, _SPLIT = (8192, 128256), (8192, 50257), (65536, 1000), (64, 262144)
+_LONG, _ODD, _SPLIT = (8192, 128256), (8192, 50257), (64, 262144)
+_SHORT = [(65536, 10), (65536, 256), (65536, 1000), (16384, 5003)]  # a program has 128, 8 and 2 of them, or one
 CASES = [
     *(
         Case(operator, *_LONG, dtype)
@@ -44,7 +45,8 @@ CASES = [
     ),
     Case("forward", *_LONG, torch.float16),
     *(Case(operator, *_ODD, torch.bfloat16) for operator in ("forward", "backward")),
-    *(Case(operator, *_SHORT, torch.bfloat16) for operator in ("forward", "training")),
+    *(Case(operator, *shape, torch.bfloat16) for shape in _SHORT for operator in ("forward", "training")),
+    Case("backward", 65536, 256, torch.bfloat16),
     *(Case(operator, *_SPLIT, torch.bfloat16) for operator in ("forward", "training")),
     Case("sketch", 8192, 1, torch.float32),
 ]

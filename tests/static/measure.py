@@ -22,6 +22,8 @@ class LoopCost(NamedTuple):
 
 
 class Cost(NamedTuple):
+    instructions: int
+    """Of the whole kernel, which is what one without a hot loop costs."""
     registers: int
     spills: int
     shared: int
@@ -39,6 +41,7 @@ class Cost(NamedTuple):
 
 # The kernels that stream rows, and what they do in their hot loops. The loops of the others are over tokens, or none.
 READING, WRITING = {"row_kernel", "split_kernel"}, {"row_kernel", "gradient_kernel"}
+ROWS = READING | WRITING | {"short_row_kernel", "short_gradient_kernel"}
 
 
 def measure(name: str, compiled: Any, element_bytes: int) -> Cost:
@@ -46,6 +49,7 @@ def measure(name: str, compiled: Any, element_bytes: int) -> Cost:
     reading = code.reading_loops() if name in READING else []
     writing = code.writing_loops() if name in WRITING else []
     return Cost(
+        len(code.instructions),
         code.registers,
         code.spills,
         code.shared,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .cases import CASES
-from .measure import READING, WRITING, predicted_fraction
+from .measure import ROWS, predicted_fraction
 from .targets import TARGETS
 
 if TYPE_CHECKING:
@@ -42,6 +42,6 @@ def _lines(kernel: str, cost: Cost, target: str, itemsize: int) -> list[str]:
                 f"{kernel:17}{phase:9}{loop.instructions:9.2f}{loop.special:11.3f}{loop.load_width:6}{loop.store_width:6}"
                 f"{registers}  {fraction:.0%} of {TARGETS[target].device}"
             )
-    if kernel in READING | WRITING and not lines:  # rows that stay in registers
-        lines.append(f"{kernel:58}{registers}")
+    if kernel in ROWS and not lines:  # rows that stay in registers
+        lines.append(f"{kernel:17}{f'{cost.instructions} instructions a thread':41}{registers}")
     return lines

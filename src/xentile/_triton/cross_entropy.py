@@ -6,6 +6,7 @@ needs a divisor or the sum of the class weights), the rows, and `finish` (the lo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from xentile import _layout as layout
 from xentile._triton import finish, launch
-from xentile._triton.backward import gradient_kernel
+from xentile._triton.backward import gradient_kernel, short_gradient_kernel
 from xentile._triton.forward import combine_kernel, row_kernel, split_kernel
 from xentile._triton.scale import scale_kernel
+from xentile._triton.short import short_row_kernel
 
 PARTIALS = 8
 """float32 numbers that a part of a split row leaves."""
@@ -56,7 +58,9 @@ def cross_entropy(
     device = launch.device_of(logits)
     aligned = dlogits is not None and _aligned_alike(logits, dlogits)
     smooth = label_smoothing != 0
-    rows = rows or launch.forward(n, v, logits.element_size(), dlogits is not None, aligned, smooth, device)
+    alignment = min(_alignment(logits), 16 if dlogits is None else _alignment(dlogits))
+    size = logits.element_size()
+    rows = rows or launch.forward(n, v, size, dlogits is not None, aligned, smooth, device, alignment)
     kind = layout.REDUCTIONS[reduction]
     # The forward alone divides at the end. A gradient must know the divisor before the first row.
     prepared = kind == "mean" and dlogits is not None and normalizer is None
@@ -134,7 +138,10 @@ def cross_entropy_backward(
     with launch.guard(logits):
         _prepare(arguments, False, device)
         if n > 0:
-            _gradient_rows(arguments, rows or launch.backward(v, logits.element_size(), device), device)
+            alignment = min(_alignment(logits), _alignment(dlogits))
+            smooth = arguments["SMOOTH"]
+            rows = rows or launch.backward(v, logits.element_size(), smooth, device, alignment)
+            _gradient_rows(arguments, rows, device)
 
 
 def scale_(x: Tensor, scale: Tensor) -> None:
@@ -197,6 +204,12 @@ def _aligned_alike(logits: Tensor, dlogits: Tensor) -> bool:
     return (logits.data_ptr() - dlogits.data_ptr()) % 16 == 0 and (pitch % 16 == 0 or logits.shape[0] <= 1)
 
 
+def _alignment(x: Tensor) -> int:
+    """The bytes, up to 16, of which the address of each row of a matrix is a multiple."""
+    pitch = x.stride(0) * x.element_size() if x.shape[0] > 1 else 0
+    return math.gcd(x.data_ptr(), pitch, 16)
+
+
 def _prepare(arguments: dict[str, Any], divisor: bool, device: launch.Device) -> None:
     """Compute the divisor of the mean, if it is wanted, and the sum of the class weights, if smoothing needs it."""
     weighted = arguments["SMOOTH"] and arguments["weight_ptr"] is not None
@@ -210,6 +223,11 @@ def _prepare(arguments: dict[str, Any], divisor: bool, device: launch.Device) ->
 
 
 def _forward_rows(arguments: dict[str, Any], rows: launch.Rows, device: launch.Device) -> None:
+    if rows.lanes:
+        tile = _short_tile(rows)
+        programs = triton.cdiv(arguments["N"], tile["ROWS"])
+        launch.run(short_row_kernel, (programs,), arguments | tile, rows.threads, device)
+        return
     n, splits = arguments["N"], rows.splits
     chosen = arguments | {"BLOCK": rows.block, "RESIDENT": rows.resident, "splits": splits}
     if splits == 1:
@@ -225,7 +243,18 @@ def _forward_rows(arguments: dict[str, Any], rows: launch.Rows, device: launch.D
 
 
 def _gradient_rows(arguments: dict[str, Any], rows: launch.Rows, device: launch.Device) -> None:
-    chosen = arguments | {"BLOCK": rows.block, "splits": rows.splits}
     # A gradient that is there already shall cost no more than a few programs that find that out.
     most = 8 * device.processors if arguments["FILLED"] else 2**31 - 1
+    if rows.lanes:
+        tile = _short_tile(rows)
+        programs = triton.cdiv(arguments["N"], tile["ROWS"])
+        launch.run(short_gradient_kernel, (min(programs, most),), arguments | tile, rows.threads, device)
+        return
+    chosen = arguments | {"BLOCK": rows.block, "splits": rows.splits}
     launch.run(gradient_kernel, (min(arguments["N"] * rows.splits, most),), chosen, rows.threads, device)
+
+
+def _short_tile(rows: launch.Rows) -> dict[str, int]:
+    """The shape of the tile of a program that has several rows."""
+    groups = rows.block // (rows.lanes * rows.vector)
+    return {"GROUPS": groups, "ROWS": rows.threads // rows.lanes, "LANES": rows.lanes, "VEC": rows.vector}

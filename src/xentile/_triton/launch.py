@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Rows:
-    """A launch over rows. block: columns a tile; splits: programs a row; resident: the row stays in registers."""
+    """A launch over rows. block: columns a tile; splits: programs a row; resident: the row stays in registers.
+
+    lanes: if not 0, a program has several rows, each held by so many threads, which load `vector` logits at once.
+    """
 
     block: int
     threads: int
     splits: int = 1
     resident: bool = False
+    lanes: int = 0
+    vector: int = 1
 
 
 # (processors, bytes of L2) of a well-known GPU of each architecture, where the real device can't be asked.
@@ -82,20 +88,22 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], threads: 
     kernel[grid](**named, num_warps=max(1, threads // device.warp_size), enable_fp_fusion=False)
 
 
-def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, smooth: bool, device: Device) -> Rows:
+def forward(
+    n: int, v: int, itemsize: int, gradient: bool, together: bool, smooth: bool, device: Device, alignment: int = 0
+) -> Rows:
     """For `cross_entropy`: n rows of v logits of `itemsize` bytes.
 
-    together: logits and gradient rows have one alignment. smooth: the loss has label smoothing.
+    together: logits and gradient rows have one alignment. smooth: the loss has label smoothing. alignment: in bytes, of
+    each of these rows, up to 16; 0 for a kernel that takes one row a program.
     """
+    if alignment and (several := _several_rows(v, itemsize, alignment, smooth, device)):
+        return several
     width = _width(v, itemsize, device)
     if width <= 8192 and (together or not gradient):
         # Short rows stay in registers, so that nothing is read twice. Up to 256 threads a row: with more, the
         # registers of a processor hold a single row, and its memory accesses pause while that one is summed up.
         # Without a gradient a thread has room for 128 bytes of logits, over which the fixed work of a row (some 350
-        # instructions) is spread. Up to V = 1024 that is a warp a row, and as many rows at once as a processor holds
-        # warps. Several rows a program, with that work done for all of them at once, came out at 36 to 45
-        # instructions a logit against 50 for V = 256, in three to five times the registers, and at 21 against 19 for
-        # V = 1000 (sm_90, bf16).
+        # instructions) is spread.
         share = 32 if gradient else 128 // itemsize
         return Rows(width, max(device.warp_size, width // share), resident=True)
 
@@ -118,12 +126,34 @@ def forward(n: int, v: int, itemsize: int, gradient: bool, together: bool, smoot
     return Rows(threads * share, threads)
 
 
-def backward(v: int, itemsize: int, device: Device) -> Rows:
+def backward(v: int, itemsize: int, smooth: bool, device: Device, alignment: int) -> Rows:
     """For the gradient from saved statistics: no sum over the row, so long rows are shared by many small programs."""
+    if several := _several_rows(v, itemsize, alignment, smooth, device):
+        return several
     share = IN_FLIGHT // itemsize
     block = min(_width(v, itemsize, device), 128 * share)
     # Four tiles a program pay for its coefficients; more only lengthen the tail of the launch.
     return Rows(block, max(device.warp_size, block // share), splits=triton.cdiv(v, 4 * block))
+
+
+def _several_rows(v: int, itemsize: int, alignment: int, smooth: bool, device: Device) -> Rows | None:
+    """For rows so short that a warp has two of them or more; None for others.
+
+    A row's share of the instructions (PTX of sm_90, bfloat16, with the gradient) is 9 for V = 2, 14 for 10, 20 for 32,
+    66 for 100, 127 for 256 and 516 for 1000; a warp for each row executes 470 up to V = 256, and 790 for 1000.
+    """
+    width = triton.next_power_of_2(v)
+    vector = math.gcd(alignment, v * itemsize) // itemsize
+    # Up to 64 logits a thread, in 128 registers: 16 warps a processor hold 128 bytes a thread, 64 KiB. Up to 16 groups,
+    # each with an address, a mask and a store of its own. Class weights need as many registers as the logits.
+    held = min(32 if smooth else 64, 16 * vector)
+    # Of groups of a single logit a thread must not hold neighbours: Triton would lay the threads along the groups.
+    lanes = max(width // held, min(width, 2) // vector, 1)
+    if lanes > 16:
+        return None
+    # The work of a row is done in another layout than its sums. Within a warp that is a few shuffles, across warps
+    # barriers; with one thread a row it is nothing, and larger programs are fewer.
+    return Rows(width, device.warp_size * (4 if lanes == 1 else 1), lanes=lanes, vector=vector)
 
 
 def _width(v: int, itemsize: int, device: Device) -> int:
