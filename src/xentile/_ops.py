@@ -225,6 +225,9 @@ TRITON = {
     "topk_support": "topk_support",
     "topk_distillation": "topk_distillation",
     "topk_distillation_backward": "topk_distillation",
+    "teacher_topk": "teacher_topk",
+    "distillation": "dense_distillation",
+    "distillation_backward": "dense_distillation",
 }
 """Operators with Triton kernels, and their modules in xentile/_triton."""
 

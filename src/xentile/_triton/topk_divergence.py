@@ -46,7 +46,7 @@ def bregman(a, b, d):
 def log_mixture(d, w):
     """log(1 - w + w exp(d)) for 0 <= w <= 1: how far a mixture lies above its first part, d being the second's lead."""
     gap = one_minus_exp(tl.abs(d))
-    mixed = tl.where(d > 0.0, d + log1p((w - 1.0) * gap), log1p(-w * gap))
+    mixed = tl.maximum(d, 0.0) + log1p(tl.where(d > 0.0, w - 1.0, -w) * gap)
     return tl.where(w == 0.0, 0.0, tl.where(w == 1.0, d, mixed))
 
 
