@@ -242,10 +242,10 @@ def forward_rows(
         threads = launch.forward(4 * device.processors, v, itemsize, True, False, False, device).threads
     else:
         threads = 128 if n >= 4 * device.processors else 512
-    if threads == 1024 and not (twice and k > 256):
-        # A processor has this row alone: what is done once a row costs half as much with half the threads, which have
-        # registers for as many bytes in flight, unless many columns of the support and two sums a slot fill them.
-        threads, share = 512, 2 * share
+    if threads == 1024:
+        # A processor has this row alone. What is done once a row costs half as much with half the threads, which have
+        # registers for as many bytes in flight; but not for two sums a slot as well.
+        threads, share = (1024, share // 2) if twice else (512, 2 * share)
     # Not more than the row needs, and the groups of the support are a tile too: of 16 bytes for each of its columns.
     threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))), k // 2)
     threads = triton.next_power_of_2(threads)
@@ -255,6 +255,6 @@ def forward_rows(
 def backward_rows(v: int, itemsize: int, whole: bool, device: launch.Device) -> launch.Rows:
     """For the gradient from what the forward saved. whole: a row is one program's."""
     share = launch.IN_FLIGHT // itemsize
-    threads = max(device.warp_size, min(1024 if whole else 128, triton.next_power_of_2(triton.cdiv(v, share))))
+    threads = max(device.warp_size, min(256 if whole else 128, triton.next_power_of_2(triton.cdiv(v, share))))
     # Each program repeats what is to be done once a row; 16 tiles pay for it.
     return launch.Rows(threads * share, threads, 1 if whole else triton.cdiv(v, 16 * threads * share))

@@ -17,12 +17,15 @@ INTEGERS = [*UNSPECIALIZED, "K", "words", "kd_groups"]
 
 @triton.jit
 def write_gradient(
-    x_row, dx_row, column, t, z, z_t, in_range, g, losses, parts, m, heat, part, splits, V,
+    x_row, dx_row, id_ptr, K, t, z, z_t, in_range, g, losses, parts, m, heat, part, splits, V,
     kd_weight, ce_weight, logit_scale, softcap,
-    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SUPPORT: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, TRANSFORM: tl.constexpr, SUPPORT: tl.constexpr,
     TEMPERED: tl.constexpr, SQUARED: tl.constexpr, CE: tl.constexpr,
 ):  # fmt: skip
-    """Part `part` of `splits` of a gradient row: one formula everywhere, then the support and the target over it."""
+    """Part `part` of `splits` of a gradient row: one formula everywhere, then the support and the target over it.
+
+    id_ptr: of the row's support, whose columns are read again: they need not be kept in registers until then.
+    """
     VEC: tl.constexpr = 128 // dx_row.dtype.element_ty.primitive_bitwidth
     KD: tl.constexpr = SUPPORT != "renormalized"  # whether columns outside the support have a gradient of KD
     head, body = cut(dx_row, V, VEC)
@@ -42,6 +45,8 @@ def write_gradient(
         else:
             zero_span(dx_row, first, last, with_edges, head, body, V, BLOCK, VEC)
         tl.debug_barrier()
+        i = tl.arange(0, WIDTH)
+        column = tl.load(id_ptr + i, mask=i < K, other=V)
         here = is_in_part(column, first, last, with_edges, head, body) & (column < V)
         tl.store(dx_row + column, at_support.to(dx_row.dtype.element_ty), mask=here)
         alone = (t >= 0) & (tl.max((column == t).to(tl.int32), 0) == 0)
@@ -102,8 +107,9 @@ def topk_row_kernel(
         if dx_ptr is not None:
             g = tl.div_rn(token_weight + tl.zeros([], tl.float32), read_divisor(normalizer_ptr, zero_if_empty))
             write_gradient(
-                x_row, dx_ptr + row * dx_stride, column, t, z, z_t, in_range, g, losses, parts, rest[0], heat, 0, 1, V,
-                kd_weight, ce_weight, logit_scale, softcap, BLOCK, TOGETHER, TRANSFORM, SUPPORT, TEMPERED, SQUARED, CE,
+                x_row, dx_ptr + row * dx_stride, id_ptr + row * K, K, t, z, z_t, in_range, g, losses, parts, rest[0],
+                heat, 0, 1, V, kd_weight, ce_weight, logit_scale, softcap,
+                BLOCK, WIDTH, TOGETHER, TRANSFORM, SUPPORT, TEMPERED, SQUARED, CE,
             )  # fmt: skip
     else:
         write_row(
@@ -151,8 +157,9 @@ def topk_gradient_kernel(
             g *= tl.load(token_weight_ptr + row)
         g = tl.div_rn(g, tl.load(normalizer_ptr))
         write_gradient(
-            x_row, dx_ptr + row * dx_stride, column, t, z, z_t, in_range, g, losses, parts, m, heat, part, splits, V,
-            kd_weight, ce_weight, logit_scale, softcap, BLOCK, TOGETHER, TRANSFORM, SUPPORT, TEMPERED, SQUARED, CE,
+            x_row, dx_ptr + row * dx_stride, id_ptr + row * K, K, t, z, z_t, in_range, g, losses, parts, m,
+            heat, part, splits, V, kd_weight, ce_weight, logit_scale, softcap,
+            BLOCK, WIDTH, TOGETHER, TRANSFORM, SUPPORT, TEMPERED, SQUARED, CE,
         )  # fmt: skip
 
 

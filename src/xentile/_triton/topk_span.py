@@ -1,8 +1,8 @@
 """Reducing a row of student logits without its support and its target, and writing the dense part of its gradient.
 
 As in span.py, the row is cut into groups of 16 bytes, and groups with an excluded column are left out of the tiles: a
-bitmap with a bit a group says which (1/128 of the row's bytes in bfloat16, in global memory that stays in the cache).
-That costs the tiles two instructions a group, whatever K is. The groups left out, together with the two edges of the
+bitmap with a bit a group, in global memory that stays in the cache, says which. That costs the tiles two instructions a
+group, whatever K is. The groups left out, together with the two edges of the
 row, are read again at the end, [K, VEC] and [4 * VEC], without the excluded columns.
 
 Bit b of word w in a chunk of 32 * W groups stands for group b * W + w, so that neighbouring threads read neighbouring
