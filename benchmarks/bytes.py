@@ -1,9 +1,13 @@
 """How many bytes an operation must move, and how fast this device moves bytes.
 
-    forward    N*V*b      every logit is read once
-    training   2*N*V*b    and every gradient written once (the second read of a row comes from cache)
+    forward              N*V*b      every logit is read once
+    training             2*N*V*b    and every gradient written once (the second read of a row comes from cache)
+    topk_distillation    2*N*V*b    the same
+    distillation         3*N*V*b    the logits of the teacher, in the same dtype, are read as well
+    teacher_topk         N*V*b      every logit is read once
 
-The O(N) terms (targets, losses, one histogram count a token) are below 0.1 % of that at V = 1000 and are left out.
+The O(N) terms (targets, losses, one histogram count a token) are below 0.1 % of that at V = 1000 and are left out, and
+so are the O(N K) ones of a sparse teacher, below 0.2 % at K = 64 and V = 128256.
 The same bytes are charged to every provider, whatever it really moves: a lower fraction of the roof is then time
 lost, wherever it went.
 
@@ -21,20 +25,22 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from benchmarks.cases import Case
+    from benchmarks.inputs import Inputs
 
-ROOF_OF = {"forward": "read", "training": "copy"}
+TENSORS = {"forward": 1, "training": 2, "topk_distillation": 2, "distillation": 3, "teacher_topk": 1}
+ROOF_OF = {operation: "read" if tensors == 1 else "copy" for operation, tensors in TENSORS.items()}
 ROOF_TENSORS = {"read": 1, "write": 1, "copy": 2, "clone": 2}  # tensors of N*V*b bytes that pass through memory
 
 
 def moved(case: Case) -> int:
     """The bytes the operation must move, at least."""
-    return case.logits_bytes * (2 if case.operation == "training" else 1)
+    return case.logits_bytes * TENSORS[case.operation]
 
 
-def roof_steps(inputs: list[tuple[Tensor, Tensor]], buffer: Tensor) -> dict[str, Callable[[int], object]]:
+def roof_steps(inputs: Sequence[Inputs], buffer: Tensor) -> dict[str, Callable[[int], object]]:
     """The roofs as steps for `timing.interleave`: a function of the index of the input set. `buffer` is overwritten."""
 
     def logits(i: int) -> Tensor:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,14 +96,14 @@ def compare(reference: str, cases: Sequence[Case], few_tokens: bool, threads: in
 
 def _line(case: Case, sides: dict[str, Side]) -> str:
     for side in sides.values():
-        side.ask(case=[case.model, case.tokens, case.dtype, case.operation])
+        side.ask(case=asdict(case))
     steps: dict[str, Step] = {name: _step(side) for name, side in sides.items()}
     clock: Clock = lambda step, i: float(step(i))  # type: ignore[arg-type]  # noqa: E731 - the worker holds the clock
     seconds = interleave(steps, ROUNDS, clock)
     change, noise = ratio(seconds["base"], seconds["here"]), ratio(seconds["again"], seconds["here"])
     medians = " ".join(f"{1e3 * spread(seconds[name]).median:9.3f} ms" for name in ("base", "here"))
     return (
-        f"{case.name:<36} {medians}  x{change.median:.3f} [{change.low:.3f}, {change.high:.3f}]"
+        f"{case.name:<60} {medians}  x{change.median:.3f} [{change.low:.3f}, {change.high:.3f}]"
         f"  x{noise.median:.3f} [{noise.low:.3f}, {noise.high:.3f}]"
     )
 

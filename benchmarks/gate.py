@@ -1,141 +1,120 @@
-"""The gate before any number: each provider's loss and gradient against float64, under the library's error contract.
+"""The gate before any number: each provider's results against float64, under the library's error contract.
 
-    error <= 2 * (error of F.cross_entropy in the same dtype) + one rounding of the result
+    error <= 2 * (error of plain PyTorch in the same dtype) + one rounding of the result
 
-Three errors are judged: of the mean loss; of the gradient, as the largest difference; and of the gradient off the
-target column, relative to each element, since there an element that was never written would hide in the largest
-difference. The contract is ours. A peer is refused, and gets no time, only when it computes another function:
-`PEER_SLACK` times the budget.
+Three errors of a loss are judged: of the mean; of the gradient, as the largest difference; and of the gradient off the
+support (for the cross-entropy the target's column), relative to each element and to the probabilities that make it up,
+since there an element that was never written would hide in the largest difference. What is exact comes from autograd in
+float64, chunk by chunk. The contract is ours. A peer is refused, and gets no time, only when it computes another
+function: `PEER_SLACK` times the budget. `gate_teacher.py` is the gate of teacher_topk, which has no loss.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import expressions, gate_teacher
+from benchmarks.cases import WITH_GRADIENT
+from benchmarks.errors import Errors, Verdict, chunks, exact_rows, worse
 from benchmarks.step import STEPS, Loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
     from benchmarks.cases import Case
-    from benchmarks.providers import Provider
+    from benchmarks.inputs import Inputs
+    from benchmarks.provider import Provider
 
 PEER_SLACK = 16
 COMPARED_ELEMENTS = 1 << 25  # of the gradient, in rows drawn at random; the loss is compared over all tokens
-_CHUNK = 1 << 20  # elements compared in float64 at a time: 8 MiB, which malloc reuses and does not map anew
+
+Result = tuple[Any, "Tensor | None"]
+"""What a step returns; the gradient in the rows drawn."""
 
 
-@dataclass
-class Errors:
-    """Errors against float64, or the budgets they must keep."""
+def check(case: Case, ready: Sequence[tuple[Provider, Loss]], inputs: Inputs) -> dict[str, Verdict]:
+    """The verdict on each provider, by name. `inputs` should hold ignored targets; they are not written to.
 
-    loss: float = 0.0
-    gradient: float = 0.0
-    off_target: float = 0.0
-
-    def within(self, budget: Errors) -> bool:
-        # Not `self > budget`: a NaN must fail.
-        return all(getattr(self, name) <= getattr(budget, name) for name in vars(self))
-
-
-@dataclass
-class Verdict:
-    passed: bool
-    errors: Errors = field(default_factory=Errors)
-    budget: Errors = field(default_factory=Errors)
-    reason: str = ""
+    A yardstick is judged by the function that it computes.
+    """
+    verdicts: dict[str, Verdict] = {}
+    for operation in dict.fromkeys(provider.yardstick or case.operation for provider, _ in ready):
+        group = [(p, loss) for p, loss in ready if (p.yardstick or case.operation) == operation]
+        verdicts |= _judge(replace(case, operation=operation), group, inputs)
+    return verdicts
 
 
-@dataclass
-class _Candidate:
-    loss: Tensor
-    gradient: Tensor | None
-    errors: Errors = field(default_factory=Errors)
-
-
-def _run(case: Case, loss: Loss, logits: Tensor, target: Tensor, drawn: Tensor) -> _Candidate:
-    value, gradient = STEPS[case.operation](loss, logits, target)
-    return _Candidate(value, None if gradient is None else gradient[drawn])
-
-
-def _chunks(rows: int, vocab: int) -> Iterator[slice]:
-    height = max(1, _CHUNK // vocab)
-    return (slice(first, min(rows, first + height)) for first in range(0, rows, height))
-
-
-def _exact_mean(logits: Tensor, target: Tensor) -> float:
-    """The mean loss in float64, over all rows."""
-    total = 0.0
-    valid = (target != -100).nonzero()[:, 0]
-    for part in _chunks(len(valid), logits.shape[1]):
-        exact = logits[valid[part]].double()
-        total += (exact.logsumexp(1) - exact.gather(1, target[valid[part], None])[:, 0]).sum().item()
-    return total / len(valid)
-
-
-def _compare_gradients(logits: Tensor, target: Tensor, drawn: Tensor, candidates: Sequence[_Candidate]) -> float:
-    """Fills the candidates' gradient errors, on the rows drawn; returns the largest gradient there is."""
-    count = (target != -100).sum().double()
-    floor = torch.finfo(logits.dtype).smallest_normal
-    largest = 0.0
-    for part in _chunks(len(drawn), logits.shape[1]):
-        rows = drawn[part]
-        exact = torch.softmax(logits[rows].double(), 1)
-        at_target = (torch.arange(len(rows), device=logits.device), target[rows].clamp_min(0))
-        exact[at_target] -= 1
-        exact *= ((target[rows] != -100) / count)[:, None]
-        scale = 1 / exact.abs().clamp_min_(floor)
-        largest = max(largest, exact.abs().max().item())
-        for c in candidates:
-            assert c.gradient is not None
-            error = torch.sub(exact, c.gradient[part]).abs_()
-            c.errors.gradient = _worse(c.errors.gradient, error)
-            error *= scale
-            error[at_target] = 0
-            c.errors.off_target = _worse(c.errors.off_target, error)
-    return largest
-
-
-def _compare(case: Case, logits: Tensor, target: Tensor, drawn: Tensor, candidates: Sequence[_Candidate]) -> Errors:
-    """Fills the candidates' errors; returns what one rounding of each result costs."""
-    mean = _exact_mean(logits, target)
-    for c in candidates:
-        c.errors.loss = abs(c.loss.item() - mean)
-    largest = 0.0
-    if case.operation == "training":
-        largest = _compare_gradients(logits, target, drawn, candidates)
-    half_ulp = torch.finfo(case.torch_dtype).eps / 2
-    return Errors(torch.finfo(torch.float32).eps / 2 * abs(mean), half_ulp * largest, half_ulp)
-
-
-def _worse(so_far: float, error: Tensor) -> float:
-    largest = error.max().item()
-    return largest if not largest <= so_far else so_far  # keeps a NaN
-
-
-def check(case: Case, ready: Sequence[tuple[Provider, Loss]], inputs: tuple[Tensor, Tensor]) -> dict[str, Verdict]:
-    """The verdict on each provider, by name. `inputs` should hold ignored targets; they are not written to."""
-    logits, target = inputs
+def _judge(case: Case, ready: Sequence[tuple[Provider, Loss]], inputs: Inputs) -> dict[str, Verdict]:
     order = torch.randperm(case.tokens, generator=torch.Generator().manual_seed(case.tokens))
-    drawn = order[: max(1, COMPARED_ELEMENTS // case.vocab)].sort().values.to(logits.device)
-    candidates = {"": _run(case, torch.nn.functional.cross_entropy, logits, target, drawn)}
+    drawn = order[: max(1, COMPARED_ELEMENTS // case.vocab)].sort().values.to(inputs[0].device)
+    results = {"": _run(case, expressions.plain(case), inputs, drawn)}
     verdicts: dict[str, Verdict] = {}
     for provider, loss in ready:
         try:
-            candidates[provider.name] = _run(case, loss, logits.clone(), target, drawn)
+            results[provider.name] = _run(case, loss, (inputs[0].clone(), *inputs[1:]), drawn)
         except Exception as error:  # whatever a peer raises is its result, listed as such
             first_line = (str(error).splitlines() or [""])[0]
             verdicts[provider.name] = Verdict(False, reason=f"{type(error).__name__}: {first_line}")
-    rounding = _compare(case, logits, target, drawn, list(candidates.values()))
-    eager = candidates.pop("").errors
-    budget = Errors(**{name: 2 * getattr(eager, name) + getattr(rounding, name) for name in vars(eager)})
-    slack = Errors(**{name: PEER_SLACK * value for name, value in vars(budget).items()})
+    if case.operation == "teacher_topk":
+        errors, rounding = gate_teacher.compare(case, inputs, {name: value for name, (value, _) in results.items()})
+    else:
+        errors, rounding = _compare(case, inputs, drawn, results)
+    budget = errors.pop("").budget(rounding)
     ours = {provider.name for provider, _ in ready if provider.ours}
-    for name, c in candidates.items():
-        passed = c.errors.within(budget if name in ours else slack)
-        verdicts[name] = Verdict(passed, c.errors, budget, "" if passed else f"error {c.errors} over budget {budget}")
+    for name, found in errors.items():
+        passed = found.within(budget if name in ours else budget.scaled(PEER_SLACK))
+        verdicts[name] = Verdict(passed, found, budget, "" if passed else f"error {found} over budget {budget}")
     return verdicts
+
+
+def _run(case: Case, loss: Loss, inputs: Inputs, drawn: Tensor) -> Result:
+    value, gradient = STEPS[case.operation](loss, *inputs)
+    return value, None if gradient is None else gradient[drawn]
+
+
+def _compare(
+    case: Case, inputs: Inputs, drawn: Tensor, results: Mapping[str, Result]
+) -> tuple[dict[str, Errors], Errors]:
+    """The errors of the results, by name, and what one rounding of each of them costs."""
+    count = int(expressions.counted(case, inputs[1]).sum())
+    mean, size = _exact_mean(case, inputs, count)
+    errors = {name: Errors(loss=abs(loss.item() - mean)) for name, (loss, _) in results.items()}
+    largest = 0.0
+    if case.operation in WITH_GRADIENT:
+        gradients = {name: gradient for name, (_, gradient) in results.items() if gradient is not None}
+        largest = _compare_gradients(case, count, tuple(t[drawn] for t in inputs), gradients, errors)
+    half_ulp = torch.finfo(case.torch_dtype).eps / 2
+    return errors, Errors(torch.finfo(torch.float32).eps / 2 * size, half_ulp * largest, half_ulp)
+
+
+@torch.no_grad()
+def _exact_mean(case: Case, inputs: Inputs, count: int) -> tuple[float, float]:
+    """The mean loss over all rows in float64, and the mean size of a token's: what float32 has to round."""
+    losses = expressions.tokens(case)
+    each = torch.cat([losses(*exact_rows(inputs, part)) for part in chunks(case.tokens, case.vocab)])
+    return each.sum().item() / count, each.abs().sum().item() / count
+
+
+def _compare_gradients(
+    case: Case, count: int, drawn: Inputs, gradients: Mapping[str, Tensor], errors: Mapping[str, Errors]
+) -> float:
+    """Fills in the errors of the gradients, on the rows drawn; returns the largest gradient there is."""
+    losses = expressions.tokens(case)
+    floor = torch.finfo(case.torch_dtype).smallest_normal
+    largest = 0.0
+    for part in chunks(len(drawn[0]), case.vocab):
+        logits, *others = exact_rows(drawn, part)
+        logits.requires_grad_()
+        (exact,) = torch.autograd.grad(losses(logits, *others).sum() / count, logits)
+        size = expressions.off_support(case, logits.detach(), *others).div_(count)
+        scale = 1 / torch.maximum(size, exact.abs()).clamp_min_(floor)
+        largest = max(largest, exact.abs().max().item())
+        for name, gradient in gradients.items():
+            error = torch.sub(exact, gradient[part]).abs_()
+            errors[name].gradient = worse(errors[name].gradient, error)
+            errors[name].off_target = worse(errors[name].off_target, error.mul_(scale))
+    return largest

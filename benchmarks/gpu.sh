@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One call on a machine with an NVIDIA GPU (written for torch 2.11, triton 3.6, Python 3.12; nine minutes at most): the GPU
 # tests, then the benchmark; a short table last. Logs and result rows go to $OUT if it is set, else to benchmarks/results.
-# Rows are written case by case, headlines first: what there was no time for is absent, the rest is there. To keep them, put
-# gpu.jsonl into benchmarks/results and run `python -m benchmarks.table --write` and `python -m benchmarks.plot`.
+# Rows are written case by case, headlines of the cross-entropy first, then distillation: what there was no time for is
+# absent, the rest is there. To keep them, put gpu.jsonl into benchmarks/results and run `python -m benchmarks.table --write`
+# and `python -m benchmarks.plot`.
 #
 # This script HAS NOT BEEN RUN YET: it was written on a machine without a GPU. Delete this sentence when it has.
 set -uo pipefail

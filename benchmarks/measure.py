@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.bytes import ROOF_OF, moved, roof_steps, roofs
-from benchmarks.cases import Case, make_inputs
-from benchmarks.gate import Verdict, check
-from benchmarks.providers import Provider, build
+from benchmarks.bytes import ROOF_OF, ROOF_TENSORS, TENSORS, moved, roof_steps, roofs
+from benchmarks.gate import check
+from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.providers import build
 from benchmarks.step import STEPS, Loss
 from benchmarks.timing import Spread, Step, clock_for, interleave, ratio, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from benchmarks.cases import Case
+    from benchmarks.errors import Verdict
+    from benchmarks.provider import Provider
+
 Row = dict[str, Any]
-Inputs = list[tuple[Tensor, Tensor]]
 IGNORED_IN_GATE = 0.05  # the timed inputs have none: rows that nobody reads would flatter everybody
 
 
@@ -64,7 +67,7 @@ def _timed(
     case: Case,
     passed: Sequence[tuple[Provider, Loss]],
     verdicts: dict[str, Verdict],
-    inputs: Inputs,
+    inputs: Sequence[Inputs],
     device: str,
     plan: Plan,
 ) -> dict[str, Row]:
@@ -90,6 +93,11 @@ def _timed(
                 for peer, _ in passed
                 if not peer.ours
             },
+            "cost_over": {
+                yardstick.name: asdict(ratio(seconds[provider.name], seconds[yardstick.name]))
+                for yardstick, _ in passed
+                if yardstick.yardstick
+            },
             "peak_bytes": peaks[provider.name],
         }
     if "percentiles" in case.tags and {"xentile", "xentile+sketch"} <= rows.keys():
@@ -101,7 +109,7 @@ def _timed(
 
 
 def _steps(
-    case: Case, passed: Sequence[tuple[Provider, Loss]], inputs: Inputs, buffer: Tensor, device: str
+    case: Case, passed: Sequence[tuple[Provider, Loss]], inputs: Sequence[Inputs], buffer: Tensor, device: str
 ) -> tuple[dict[str, Step], dict[str, Step]]:
     """The steps to time, and what must run before those that destroy their logits."""
     run = STEPS[case.operation]
@@ -114,7 +122,7 @@ def _steps(
 
     def step_of(provider: Provider, loss: Loss) -> Step:
         if provider.overwrites_logits:
-            return lambda i: run(loss, scratch, inputs[i % len(inputs)][1])
+            return lambda i: run(loss, scratch, *inputs[i % len(inputs)][1:])
         return lambda i: run(loss, *inputs[i % len(inputs)])
 
     steps: dict[str, Step] = {p.name: step_of(p, loss) for p, loss in passed}
@@ -122,26 +130,31 @@ def _steps(
 
 
 def _of_roof(case: Case, seconds: dict[str, list[float]], name: str) -> Spread:
-    """The fraction of the roof, round by round: the roof moves exactly the bytes that the operation must move."""
-    if ROOF_OF[case.operation] == "copy":
-        return ratio(seconds["copy"], seconds[name])
-    faster = min("read/sum", "read/amax", key=lambda roof: spread(seconds[roof]).median)
-    return ratio(seconds[faster], seconds[name])
+    """The fraction of the roof, round by round: the bytes that the operation must move, at the roof's speed."""
+    roof = ROOF_OF[case.operation]
+    faster = min("read/sum", "read/amax", key=lambda read: spread(seconds[read]).median) if roof == "read" else roof
+    scale = TENSORS[case.operation] / ROOF_TENSORS[roof]
+    return ratio([scale * s for s in seconds[faster]], seconds[name])
 
 
-def _peak(case: Case, provider: Provider, loss: Loss, inputs: tuple[Tensor, Tensor], device: str) -> int | None:
+def _peak(case: Case, provider: Provider, loss: Loss, inputs: Inputs, device: str) -> int | None:
     if case.allocator != "default":
         return None  # memory that is never given back can't be told from memory in use
-    logits, target = inputs
+    logits, *others = inputs
     if provider.overwrites_logits:
         logits = logits.clone()
-    step: Callable[[], object] = lambda: STEPS[case.operation](loss, logits, target)  # noqa: E731
+    step: Callable[[], object] = lambda: STEPS[case.operation](loss, logits, *others)  # noqa: E731
     step()
     return memory.peak(step, device)
 
 
 def _row(case: Case, provider: Provider, status: str, reason: str, verdict: Verdict | None = None) -> Row:
-    row: Row = asdict(case) | {"case": case.name, "vocab": case.vocab, "logits_bytes": case.logits_bytes}
+    row: Row = asdict(case) | {
+        "case": case.name,
+        "options": case.options,
+        "vocab": case.vocab,
+        "logits_bytes": case.logits_bytes,
+    }
     row |= {"provider": provider.name, "ours": provider.ours, "status": status, "reason": reason}
     row["tags"] = list(case.tags)
     if verdict is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import results, targets
-from benchmarks.cases import quick, select
+from benchmarks.cases import WITH_GRADIENT, quick, select
 from benchmarks.measure import QUICK, Plan, Row, measure, release
 from benchmarks.provenance import provenance, slug
 from benchmarks.providers import named
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Runs benchmark cases.")
     parser.add_argument(
-        "--cases", default="issue2", metavar="TAG", help="issue2 (default), headline, cpu, ci, gpu, all"
+        "--cases",
+        default="issue2,issue4",
+        metavar="TAGS",
+        help="issue2 (the cross-entropy), issue4 (distillation), headline, cpu, ci, gpu, all (default: %(default)s)",
     )
     parser.add_argument("--filter", default="*", metavar="PATTERN", help="cases whose name contains or matches this")
     parser.add_argument("--providers", default="", metavar="A,B", help="only these providers (default: all)")
@@ -47,16 +50,19 @@ def line(row: Row) -> str:
     """One provider's result, or why there is none."""
     if row["status"] != "measured":
         return f"  {row['provider']:<27} {row['status']}: {row['reason']}"
-    seconds, over = row["seconds"], row["speedup_over"]
-    best = min((peer for peer in over if peer != row["provider"]), key=lambda p: float(over[p]["median"]), default=None)
+    seconds, over, own = row["seconds"], row["speedup_over"], row["provider"]
+    best = min((peer for peer in over if peer != own), key=lambda p: float(over[p]["median"]), default=None)
     peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / row['logits_bytes']:.2f}"
     eager = f"{over['torch.eager']['median']:.2f}" if "torch.eager" in over else "-"
-    error = row["errors"]["gradient" if row["operation"] == "training" else "loss"]
+    by = ", ".join(
+        f"x{cost['median']:.2f} the time of {name}" for name, cost in row["cost_over"].items() if name != own
+    )
+    error = row["errors"]["gradient" if row["operation"] in WITH_GRADIENT else "loss"]
     return (
         f"  {row['provider']:<27}"
         f" {1e3 * seconds['median']:9.2f} [{1e3 * seconds['p20']:.2f}, {1e3 * seconds['p80']:.2f}] ms"
         f"  {row['bytes_per_second'] / 1e9:7.2f} GB/s  {100 * row['of_roof']['median']:5.1f} %"
-        f"  x{eager:>6}  x{over[best]['median'] if best else 1.0:>6.2f}  {peak:>5}  {error:.1e}"
+        f"  x{eager:>6}  x{over[best]['median'] if best else 1.0:>6.2f}  {peak:>5}  {error:.1e}{by and '  '}{by}"
     )
 
 
@@ -109,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if output is not None:
             results.append(output, found)
         rows += found
-    if options.cases == "issue2" and not options.quick:
-        print("\n" + targets.report(rows))
+    for issue in options.cases.split(","):
+        if issue in targets.TARGETS and not options.quick:
+            print("\n" + targets.report(issue, rows))
     print(
         f"\n{len(cases)} cases in {time.monotonic() - start:.0f} s;",
         f"rows in {output}" if output else "nothing stored",

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), target (N,) -> mean loss ()
+from benchmarks.cases import OPERATIONS, WITH_GRADIENT
+
+Loss = Callable[..., Any]
+"""Of the inputs of a case (inputs.py): the mean loss (); for teacher_topk logprobs and ids, both (N, K)."""
 
 
 class _Model(torch.autograd.Function):
@@ -28,22 +31,21 @@ class _Model(torch.autograd.Function):
         return None, None, None
 
 
-def training(loss: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def training(loss: Loss, logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """The mean loss, and the gradient that arrives at the model."""
     received: list[Tensor] = []
     parameter = torch.ones((), requires_grad=True, device=logits.device)
-    value = loss(_Model.apply(parameter, logits, received), target)
+    value = loss(_Model.apply(parameter, logits, received), *others)
     value.backward()
     return value.detach(), received[0]
 
 
 @torch.no_grad()
-def forward(loss: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, None]:
-    """The mean loss, as an evaluation loop computes it."""
-    return loss(logits, target), None
+def forward(loss: Loss, *inputs: Tensor) -> tuple[Any, None]:
+    """The result, as an evaluation loop or a teacher computes it."""
+    return loss(*inputs), None
 
 
-STEPS: dict[str, Callable[[Loss, Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
-    "forward": forward,
-    "training": training,
+STEPS: dict[str, Callable[..., tuple[Any, Tensor | None]]] = {
+    operation: training if operation in WITH_GRADIENT else forward for operation in OPERATIONS
 }

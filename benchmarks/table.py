@@ -1,13 +1,17 @@
-"""The README's speed tables, from the stored results: `python -m benchmarks.table --write`; `--check`: current?"""
+"""The speed tables of README.md and docs/distillation.md, from the stored results.
+
+`python -m benchmarks.table --write` brings them up to date, `--check` says whether they are.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from typing import TYPE_CHECKING
 
-from benchmarks import quantile_table
+from benchmarks import distillation_table, quantile_table
+from benchmarks.cases import CROSS_ENTROPY
+from benchmarks.markdown import caption, grid, milliseconds, missing, peak, replaced, times
 from benchmarks.results import RESULTS, load
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ _COLUMNS = (
 
 def render_table(folder: Path = RESULTS) -> str:
     """Markdown: for each device its headline cases, what the percentiles cost, and who could not be compared."""
-    rows = load(folder)
+    rows = [row for row in load(folder) if row["operation"] in CROSS_ENTROPY]
     devices = list(dict.fromkeys(row["device"] for row in rows))
     parts = [_device([row for row in rows if row["device"] == device]) for device in devices] or [NO_RESULTS]
     if not any(row["kind"] == "cuda" for row in rows):
@@ -46,25 +50,10 @@ def render_table(folder: Path = RESULTS) -> str:
 def _device(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if row["status"] == "measured"]
     by_key = {(row["case"], row["provider"]): row for row in measured}
-    lines = [_caption(rows), "", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    for row in measured:
-        if row["provider"] == "xentile" and "headline" in row["tags"]:
-            lines.append("| " + " | ".join(_cells(row, by_key)) + " |")
-    notes = [*_percentiles(measured), *_missing(rows)]
+    headlines = [row for row in measured if row["provider"] == "xentile" and "headline" in row["tags"]]
+    lines = [caption(rows), "", *grid(_COLUMNS, [_cells(row, by_key) for row in headlines])]
+    notes = [*_percentiles(measured), *missing(rows)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
-
-
-def _caption(rows: Sequence[Row]) -> str:
-    newest = max(rows, key=lambda row: row["date"])
-    versions = newest["versions"]
-    commits = sorted({row["commit"] for row in rows})
-    served = f", {newest['isa']} kernels" if newest["isa"] else ""
-    return (
-        f"**{newest['device']}**{served}, torch {versions['torch']}, {newest['date'][:10]},"
-        f" commit {', '.join(commits)}. Medians of rounds in which every provider runs once; the roof is `copy_`"
-        " (forward + backward) or a read (forward) of the same bytes in the same rounds; peak memory counts (N, V)"
-        " tensors beyond the logits."
-    )
 
 
 def _cells(row: Row, by_key: dict[tuple[str, str], Row]) -> list[str]:
@@ -74,23 +63,14 @@ def _cells(row: Row, by_key: dict[tuple[str, str], Row]) -> list[str]:
     return [
         f"{row['tokens']} x {row['vocab']} {row['dtype']}",
         "forward + backward" if row["operation"] == "training" else "forward",
-        _milliseconds(row),
-        _milliseconds(eager) if eager else "-",
-        _times(over.get("torch.eager")),
-        _times(over.get("torch.compile")),
+        milliseconds(row),
+        milliseconds(eager),
+        times(over.get("torch.eager")),
+        times(over.get("torch.compile")),
         f"{100 * row['of_roof']['median']:.0f} %",
-        "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / row['logits_bytes']:.2f}",
+        peak(row),
         f"{row['errors'][which]:.1e} / {eager['errors'][which]:.1e}" if eager else f"{row['errors'][which]:.1e}",
     ]
-
-
-def _milliseconds(row: Row) -> str:
-    milliseconds = 1e3 * row["seconds"]["median"]
-    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
-
-
-def _times(speedup: dict[str, float] | None) -> str:
-    return "-" if speedup is None else f"**{speedup['median']:.1f}x**"
 
 
 def _percentiles(measured: Sequence[Row]) -> list[str]:
@@ -110,48 +90,44 @@ def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.2f} %"
 
 
-def _missing(rows: Sequence[Row]) -> list[str]:
-    """Peers without any number on this device, with the reasons."""
-    measured = {row["provider"] for row in rows if row["status"] == "measured"}
-    reasons = {row["provider"]: row["reason"] for row in rows if row["provider"] not in measured}
-    listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
-    return ["", f"Not compared: {listed}."] if reasons else []
-
-
 def current(text: str, folder: Path = RESULTS) -> str:
     """`text` with the part between the markers made anew; ValueError without them."""
-    return _replaced(text, START, END, render_table(folder))
+    return replaced(text, START, END, render_table(folder))
 
 
 def current_readme(text: str) -> str:
-    """`text` with both tables made anew."""
-    return _replaced(current(text), quantile_table.START, quantile_table.END, quantile_table.render_table())
+    """README.md with both of its tables made anew."""
+    return replaced(current(text), quantile_table.START, quantile_table.END, quantile_table.render_table())
 
 
-def _replaced(text: str, start: str, end: str, table: str) -> str:
-    section = re.compile(f"(?<={start}\n).*?(?={end})", re.DOTALL)
-    if not section.search(text):
-        raise ValueError(f"README.md must hold {start} and {end}, each on a line of its own")
-    return section.sub(lambda _: table, text, count=1)
+def current_distillation(text: str) -> str:
+    """docs/distillation.md with its table made anew."""
+    table = distillation_table
+    return replaced(text, table.START, table.END, table.render_table())
+
+
+DOCUMENTS = {README: current_readme, distillation_table.DOCUMENT: current_distillation}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="The README's speed tables.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="The tables of speed.")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", action="store_true", help="exit with 1 when README.md is stale")
-    action.add_argument("--write", action="store_true", help="bring README.md up to date")
+    action.add_argument("--check", action="store_true", help="exit with 1 when a document is stale")
+    action.add_argument("--write", action="store_true", help="bring the documents up to date")
     options = parser.parse_args(argv)
     if not (options.check or options.write):
-        print(render_table(), quantile_table.render_table(), sep="\n", end="")
+        print(render_table(), quantile_table.render_table(), distillation_table.render_table(), sep="\n", end="")
         return 0
-    text = README.read_text(encoding="utf-8")
-    fresh = current_readme(text)
-    if options.write:
-        README.write_text(fresh, encoding="utf-8")
-    elif fresh != text:
-        print("README.md is stale: run python -m benchmarks.table --write", file=sys.stderr)
-        return 1
-    return 0
+    stale = False
+    for document, bring_up_to_date in DOCUMENTS.items():
+        text = document.read_text(encoding="utf-8")
+        fresh = bring_up_to_date(text)
+        if options.write:
+            document.write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            print(f"{document.name} is stale: run python -m benchmarks.table --write", file=sys.stderr)
+            stale = True
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from benchmarks.bytes import moved
-from benchmarks.cases import Case, make_inputs, select
+from benchmarks.cases import Case, select
 from benchmarks.gate import check
+from benchmarks.inputs import make_inputs
 from benchmarks.measure import IGNORED_IN_GATE
-from benchmarks.providers import Provider, build, named
+from benchmarks.providers import build, named
 from benchmarks.step import STEPS
+
+if TYPE_CHECKING:
+    from benchmarks.provider import Provider
 
 pytest.importorskip("pytest_benchmark")
 
+NAMES = ["xentile", "xentile+sketch", "torch.eager"]
+RUNS = [(c, p) for c in select("ci") for p in named(NAMES) if c.operation in p.operations]
 
-@pytest.mark.parametrize("provider", named(["xentile", "xentile+sketch", "torch.eager"]), ids=lambda p: p.name)
-@pytest.mark.parametrize("case", select("ci"), ids=lambda case: case.name)
+
+@pytest.mark.parametrize(("case", "provider"), RUNS, ids=[f"{case.name}-{provider.name}" for case, provider in RUNS])
 def test_loss(benchmark, case: Case, provider: Provider) -> None:  # type: ignore[no-untyped-def]
     ready, missing = build([provider], case, "cpu")
     if missing:

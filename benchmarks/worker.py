@@ -1,6 +1,6 @@
 """One side of benchmarks/compare.py: `python -m benchmarks.worker PACKAGE THREADS` answers requests on standard input.
 
-{"case": [model, tokens, dtype, operation]} makes inputs, answers 0; {"run": i} answers the seconds of one step.
+{"case": {field: value}} makes inputs, answers 0; {"run": i} answers the seconds of one step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Case, make_inputs
+from benchmarks.cases import Case
+from benchmarks.inputs import make_inputs
 from benchmarks.providers import build, named
 from benchmarks.step import STEPS
 from benchmarks.timing import Step, cpu_clock
@@ -36,7 +37,7 @@ def main(package: str, threads: str) -> None:
     for text in sys.stdin:
         request = json.loads(text)
         if "case" in request:
-            step = step_for(Case(*request["case"]))
+            step = step_for(Case(**request["case"]))
         print(cpu_clock(step, request["run"]) if "run" in request else 0.0, flush=True)
 
 
