@@ -44,48 +44,86 @@ void transform_block(Transform transform, const typename F::T* x, int64_t n, flo
   });
 }
 
+// Where transform_block puts the element i of n.
+template <class F>
+XENTILE_INLINE int64_t place_of(int64_t i, int64_t n) {
+  return i < n / kStep * kStep ? i / kStep * kStep + F::lane_of(i % kStep) : i;
+}
+
+// The elements of a batch from number `first` on, without number `hole`: -inf for the others.
+template <class F>
+XENTILE_INLINE Batch only(Batch b, int64_t first, int64_t hole) {
+  for (int k = 0; k < kBatch; k++) {
+    const VecI element = F::elements(k);
+    b.v[k] = select((VecI)(element >= (int32_t)first) & (VecI)(element != (int32_t)hole), b.v[k], splat(-kInf));
+  }
+  return b;
+}
+
 // Sums are taken in two levels: a lane that holds one large number would round each of hundreds of small ones.
 constexpr int64_t kSpan = 8 * kStep;
 
-// sum of exp(z - m), times 2**kExpBias also in kept[0:n] for whole batches, in the order of F's lanes, if kKeep.
-// Meanwhile the n logits at `next` come closer: otherwise the memory would idle.
-template <class F, bool kKeep, class Next>
-double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next, float* kept) {
-  VecF sum = {};
-  const VecF minus_m = splat(-m);  // an addition can take z from memory, a subtraction can't
-  for (int64_t i = 0; i < n; i += kSpan) {
-    VecF part = {};  // one accumulator: its latency is below the time of an exponential, and registers are few
-    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest,
-                   [&](const Batch& z_batch, int64_t j, int64_t count) XENTILE_LAMBDA {
-                     __builtin_prefetch(next + i + j);
-                     const auto e = exp_parts(Batch{{z_batch.v[0] + minus_m, z_batch.v[1] + minus_m}});
-                     for (int k = 0; k < kBatch; k++) {
-                       if (kKeep && count == kStep) store(kept + i + j + k * kLanes, e.power[k] * e.scale[k]);
-                       part = multiply_add(e.power[k], e.scale[k], part);
-                     }
-                   });
-    sum += part;
+// Calls body(batch, index of its first element, whether the batch counts whole or but for the hole) for all of z[0:n]
+// but z[hole] (hole < 0: for all), with -inf in place of what does not count; and after() behind every kBatch spans.
+template <class F, class Body, class After>
+XENTILE_INLINE void for_batches_but(int64_t hole, const typename F::T* z, int64_t n, Body body, After after) {
+  const int64_t whole = n / kStep * kStep, holed = hole & -kStep;
+  for (int64_t i = 0; i < whole; i += kBatch * kSpan) {
+    const int64_t end = min(i + kBatch * kSpan, whole);
+    for (int64_t j = i; j < end; j += kStep)
+      if (j != holed) body(F::load(z + j), j, true);
+    after();
   }
+  if (hole >= 0 && hole < whole) body(only<F>(F::load(z + holed), 0, hole - holed), holed, true);
+  if (n < kStep) {
+    body(only<F>(F::load(Padded<F>(z, n, F::kLowest).values), 0, hole), 0, false);
+  } else if (whole < n) {  // a whole batch again, of which the first elements have been seen
+    body(only<F>(F::load(z + n - kStep), whole + kStep - n, hole + kStep - n), n - kStep, false);
+  }
+  after();
+}
+
+// sum of exp(z - m) without that of z[hole] (hole < 0: of all), times 2**kExpBias also in kept[0:n] for whole batches,
+// in the order of F's lanes, if kKeep. Meanwhile the n logits at `next` come closer: otherwise the memory would idle.
+template <class F, bool kKeep, class Next>
+double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next, float* kept, int64_t hole = -1) {
+  VecF sum = {}, part[kBatch] = {};
+  const VecF minus_m = splat(-m);  // an addition can take z from memory, a subtraction can't
+  for_batches_but<F>(
+      hole, z, n,
+      [&](const Batch& z_batch, int64_t j, bool whole) XENTILE_LAMBDA {
+        __builtin_prefetch(next + j);
+        const auto e = exp_parts(Batch{{z_batch.v[0] + minus_m, z_batch.v[1] + minus_m}});
+        for (int k = 0; k < kBatch; k++) {
+          if (kKeep && whole) store(kept + j + k * kLanes, e.power[k] * e.scale[k]);
+          part[k] = multiply_add(e.power[k], e.scale[k], part[k]);
+        }
+      },
+      [&]() XENTILE_LAMBDA {
+        for (VecF& p : part) sum += p, p = VecF{};
+      });
   return (double)horizontal_sum(sum) * kExpUnbias;
 }
 
-// sum of exp(z - m), and *spread += sum of exp(z - m) (m - z), where 0 * inf counts 0
+// The same sum, and *spread += sum of exp(z - m) (m - z), where 0 * inf counts 0
 template <class F>
-double exp_sum_and_spread(const typename F::T* z, int64_t n, float m, double* spread) {
-  VecF sum = {}, spread_sum = {};
-  for (int64_t i = 0; i < n; i += kSpan) {
-    VecF part = {}, spread_part = {};
-    for_batches<F>(z + i, min(kSpan, n - i), F::kLowest, [&](const Batch& z_batch, int64_t, int64_t) XENTILE_LAMBDA {
-      const Batch d = {{z_batch.v[0] - m, z_batch.v[1] - m}};
-      const auto parts = exp_parts(d);
-      for (int k = 0; k < kBatch; k++) {
-        const VecF e = parts.power[k] * parts.scale[k];
-        part += e;
-        spread_part -= select(e > 0.0f, e * d.v[k], VecF{});
-      }
-    });
-    sum += part, spread_sum += spread_part;
-  }
+double exp_sum_and_spread(const typename F::T* z, int64_t n, float m, double* spread, int64_t hole) {
+  VecF sum = {}, part[kBatch] = {}, spread_sum = {}, spread_part[kBatch] = {};
+  for_batches_but<F>(
+      hole, z, n,
+      [&](const Batch& z_batch, int64_t, bool) XENTILE_LAMBDA {
+        const Batch d = {{z_batch.v[0] - m, z_batch.v[1] - m}};
+        const auto parts = exp_parts(d);
+        for (int k = 0; k < kBatch; k++) {
+          const VecF e = parts.power[k] * parts.scale[k];
+          part[k] += e;
+          spread_part[k] -= select(e > 0.0f, e * d.v[k], VecF{});
+        }
+      },
+      [&]() XENTILE_LAMBDA {
+        for (VecF& p : part) sum += p, p = VecF{};
+        for (VecF& p : spread_part) spread_sum += p, p = VecF{};
+      });
   *spread += (double)horizontal_sum(spread_sum) * kExpUnbias;
   return (double)horizontal_sum(sum) * kExpUnbias;
 }
@@ -123,26 +161,26 @@ int64_t count_above(const typename F::T* x, int64_t n, float limit, bool ties) {
   for_batches<F>(x, n, F::kNaN, [&](const Batch& x_batch, int64_t, int64_t) XENTILE_LAMBDA {
     for (const VecF& v : x_batch.v) count -= ties ? (VecI)(v >= limit) : (VecI)(v > limit);
   });
-  int64_t sum = 0;
-  for (int k = 0; k < kLanes; k++) sum += count[k];
-  return sum;
+  return horizontal(count, kAdd);
 }
 
 // index of the first of x[0:n] that equals `value`; 0 if there is none
 template <class F>
 int64_t find(const typename F::T* x, int64_t n, float value) {
-  constexpr int64_t chunk = 2 * kStep;
-  for (int64_t j = 0; j < n; j += chunk) {
-    VecI equal = {};
-    const int64_t size = min(chunk, n - j);
-    for_batches<F>(x + j, size, F::kNaN, [&](const Batch& x_batch, int64_t, int64_t) XENTILE_LAMBDA {
-      for (const VecF& v : x_batch.v) equal |= (VecI)(v == value);
-    });
-    uint64_t words[sizeof(VecI) / 8], any = 0;
-    __builtin_memcpy(words, &equal, sizeof words);
-    for (uint64_t word : words) any |= word;
-    for (int64_t k = j; any && k < j + size; k++)
-      if (load_one<F>(x + k) == value) return k;
+  typename F::T stored[kStep];
+  F::store(stored, {{splat(value), splat(value)}});
+  int64_t j = 0;
+  while (j + kChunk <= n && !F::contains(x + j, stored[0])) j += kChunk;
+  for (; j < n; j += kStep) {
+    const int64_t count = min(kStep, n - j);
+    const Batch b = F::load(count == kStep ? x + j : Padded<F>(x + j, count, F::kNaN).values);
+    VecI first = VecI{} + kStep;
+    for (int k = 0; k < kBatch; k++) {
+      const VecI element = F::elements(k);
+      first = (VecI)(b.v[k] == value) & (VecI)(element < first) ? element : first;
+    }
+    const int32_t found = horizontal(first, kSmaller);
+    if (found < kStep) return j + found;
   }
   return 0;
 }

@@ -1,8 +1,8 @@
 // The storage formats of logits: how vectors of floats are read from, and rounded to nearest even into, each of them.
 //
 // Work proceeds in batches of kBatch vectors. A format may deal the elements of a batch to lanes in any order, as long
-// as `load`, `load_floats`, `store` and `lane_of` agree: bfloat16 puts even elements in one vector and odd ones in the
-// next, which takes a shift and a mask where the natural order would take shuffles.
+// as `load`, `load_floats`, `store`, `lane_of` and `elements` agree: bfloat16 puts even elements in one vector and odd
+// ones in the next, which takes a shift and a mask where the natural order would take shuffles.
 #pragma once
 #include "simd.h"
 
@@ -12,11 +12,27 @@ constexpr int kBatch = 2;               // vectors
 constexpr int kStep = kBatch * kLanes;  // elements
 typedef int16_t VecS __attribute__((vector_size(4 * kLanes), may_alias));
 typedef uint16_t VecW __attribute__((vector_size(4 * kLanes), may_alias));
-typedef uint16_t VecH __attribute__((vector_size(2 * kLanes), may_alias));
+
 typedef int16_t LooseS __attribute__((vector_size(4 * kLanes), may_alias, aligned(2)));
-typedef uint16_t LooseH __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
+typedef uint16_t LooseW __attribute__((vector_size(4 * kLanes), may_alias, aligned(2)));
+
+XENTILE_INLINE VecF vector_at(const float* p) { return load(p); }
+XENTILE_INLINE VecS vector_at(const int16_t* p) { return *reinterpret_cast<const LooseS*>(p); }
+XENTILE_INLINE VecW vector_at(const uint16_t* p) { return *reinterpret_cast<const LooseW*>(p); }
+
+// Compilers make shuffles of the steps for 32-bit lanes only.
+template <class Combine>
+XENTILE_INLINE int16_t horizontal(VecS v, Combine combine) {
+  return horizontal(combine((VecI)v << 16, (VecI)v & INT32_C(-65536)), combine) >> 16;
+}
+template <class Combine>
+XENTILE_INLINE uint16_t horizontal(VecW v, Combine combine) {
+  return horizontal(combine((VecU)v << 16, (VecU)v & 0xffff0000u), combine) >> 16;
+}
 
 typedef Vectors<kBatch> Batch;
+
+constexpr int64_t kChunk = 4 * kStep;  // elements among which a number is looked for at once
 
 struct Float32 {
   typedef float T;
@@ -24,18 +40,21 @@ struct Float32 {
   static XENTILE_INLINE Batch load(const T* p) { return {{::load(p), ::load(p + kLanes)}}; }
   static XENTILE_INLINE Batch load_floats(const float* p) { return load(p); }
   static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
+  static XENTILE_INLINE VecI elements(int k) { return lane_index() + k * kLanes; }  // in vector k of a batch
   static XENTILE_INLINE void store(T* p, Batch b) {
     ::store(p, b.v[0]);
     ::store(p + kLanes, b.v[1]);
   }
   static float max(const T* x, int64_t n);
+  static bool contains(const T* x, T value);  // whether x[0:kChunk] holds it
 };
 
-// The maximum of 16-bit floats by comparing their bits: among numbers with a sign that is the smallest as an unsigned
-// integer, among the others the largest. A NaN may count as larger than all.
+// The maximum of 16-bit floats by comparing their bits as signed integers; if all numbers have a sign, the largest is
+// the smallest as an unsigned integer. A NaN may count as larger than all.
 struct Float16Bits {
   typedef uint16_t T;
   static T max_bits(const T* x, int64_t n);
+  static bool contains(const T* x, T value);
 };
 
 struct BFloat16 : Float16Bits {
@@ -50,6 +69,7 @@ struct BFloat16 : Float16Bits {
     return b;
   }
   static XENTILE_INLINE int64_t lane_of(int64_t element) { return element / 2 + element % 2 * kLanes; }
+  static XENTILE_INLINE VecI elements(int k) { return 2 * lane_index() + k; }
   // A NaN stays one if its payload has a zero among the bits that are kept: see `canonical` in simd.h.
   static XENTILE_INLINE VecU round(VecF v) {
     const VecU bits = (VecU)v;
@@ -66,6 +86,7 @@ struct Float16 : Float16Bits {
   static XENTILE_INLINE Batch load(const T* p) { return {{widen(p), widen(p + kLanes)}}; }
   static XENTILE_INLINE Batch load_floats(const float* p) { return Float32::load(p); }
   static XENTILE_INLINE int64_t lane_of(int64_t element) { return element; }
+  static XENTILE_INLINE VecI elements(int k) { return Float32::elements(k); }
   static XENTILE_INLINE void store(T* p, Batch b) { ::store(reinterpret_cast<float*>(p), narrow(b)); }
   static float max(const T* x, int64_t n);
 
@@ -157,44 +178,65 @@ struct Padded {
 
 template <class F>
 XENTILE_INLINE float load_one(const typename F::T* p) {
-  return F::load(Padded<F>(p, 1, *p).values).v[0][0];
+  return F::load(Padded<F>(p, 0, *p).values).v[0][0];
+}
+
+// One number from x[0:n], n > 0: `combine` takes two vectors, or two numbers, in any order, and the same number any
+// number of times, because the last vectors overlap those before.
+template <class T, class Combine>
+XENTILE_INLINE T fold(const T* x, int64_t n, Combine combine) {
+  constexpr int chains = 4;  // of dependent operations
+  constexpr int64_t lanes = sizeof(VecF) / sizeof(T), step = chains * lanes;
+  if (n < step) {
+    T all = x[0];
+    for (int64_t j = 1; j < n; j++) all = combine(all, x[j]);
+    return all;
+  }
+  decltype(vector_at(x)) all[chains];
+  for (int k = 0; k < chains; k++) all[k] = decltype(vector_at(x)){} + x[0];
+  for (int64_t j = 0; j + step <= n; j += step)
+    for (int k = 0; k < chains; k++) all[k] = combine(all[k], vector_at(x + j + k * lanes));
+  for (int k = 0; k < chains; k++) all[k] = combine(all[k], vector_at(x + n - step + k * lanes));
+  return horizontal(combine(combine(all[0], all[1]), combine(all[2], all[3])), combine);
 }
 
 // The maximum of x[0:n], n > 0, if there is no NaN. With one, anything: the sum of the exponentials says so. (To ignore
 // NaN would take another instruction: a vector maximum returns, beside a NaN, the operand that it can load.)
 inline float Float32::max(const T* x, int64_t n) {
-  constexpr int chains = 4;
-  VecF top[chains];
-  for (VecF& t : top) t = splat(x[0]);
-  int64_t j = 0;
-  for (; j + chains * kLanes <= n; j += chains * kLanes)
-    for (int k = 0; k < chains; k++) top[k] = ::max(top[k], ::load(x + j + k * kLanes));
-  for (; j < n; j += kStep) {
-    const Batch b = load(Padded<Float32>(x + j, n - j < kStep ? n - j : kStep, x[0]).values);
-    top[0] = ::max(top[0], ::max(b.v[0], b.v[1]));
-  }
-  return horizontal_max(::max(::max(top[0], top[1]), ::max(top[2], top[3])));
+  struct {
+    XENTILE_INLINE VecF operator()(VecF a, VecF b) const { return ::max(a, b); }
+    XENTILE_INLINE float operator()(float a, float b) const { return a > b ? a : b; }
+  } larger;
+  return fold(x, n, larger);
 }
 
 inline uint16_t Float16Bits::max_bits(const T* x, int64_t n) {
-  VecS largest = VecS{} + (int16_t)x[0];
-  VecW smallest = VecW{} + x[0];
-  const auto add = [&](const T* p) {
-    const VecS v = *reinterpret_cast<const LooseS*>(p);
-    largest = v > largest ? v : largest;
-    smallest = (VecW)v < smallest ? (VecW)v : smallest;
-  };
-  const int64_t whole = n / kStep * kStep;
-#pragma GCC unroll 4
-  for (int64_t j = 0; j < whole; j += kStep) add(x + j);
-  if (whole < n) add(Padded<BFloat16>(x + whole, n - whole, x[0]).values);
-  int16_t top = largest[0];
-  uint16_t low = smallest[0];
-  for (int k = 1; k < kStep; k++) {
-    top = largest[k] > top ? largest[k] : top;
-    low = smallest[k] < low ? smallest[k] : low;
+  const int16_t top = fold(reinterpret_cast<const int16_t*>(x), n, kLarger);
+  return top >= 0 ? top : fold(x, n, kSmaller);
+}
+
+template <class Vec>
+XENTILE_INLINE bool any(Vec mask) {
+  uint64_t words[sizeof mask / 8], all = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (uint64_t word : words) all |= word;
+  return all;
+}
+
+inline bool Float32::contains(const T* x, T value) {
+  VecI equal = {};
+  for (int i = 0; i < kChunk; i += kLanes) equal |= (VecI)(::load(x + i) == value);
+  return any(equal);
+}
+
+inline bool Float16Bits::contains(const T* x, T value) {
+  const uint16_t magnitude = value & 0x7fff ? 0xffff : 0x7fff;  // 0 equals -0
+  VecW equal = {};
+  for (int i = 0; i < kChunk; i += kStep) {
+    const VecW bits = vector_at(x + i);
+    equal |= (VecW)((bits & magnitude) == (uint16_t)(value & magnitude));
   }
-  return top >= 0 ? top : low;
+  return any(equal);
 }
 
 inline float BFloat16::max(const T* x, int64_t n) {

@@ -25,39 +25,29 @@ class Reduction {
         transform_{task.logit_scale, task.softcap},
         transformed_(!transform_.identity()),
         x_(x),
+        target_(target),
         kept_(kept) {
     if (target >= 0) target_x_ = load_one<F>(x + target);
     if (transformed_) max_ = transform_(max_x_);  // a softcap makes -inf finite
   }
 
-  // Adds the columns [begin, end). ties: an equal logit ranks before the target.
-  void add(int64_t begin, int64_t end, bool ties) {
-    alignas(64) float z[kBlock];
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t n = min(kBlock, end - i);
-      raise(F::max(x_ + i, n), i, n);
-      if (transformed_) {
-        transform_block<F>(transform_, x_ + i, n, z);
-        add_block<Float32>(z, i, n);
-      } else {
-        add_block<F>(x_ + i, i, n);
-      }
-      if (task_.rank) sums_.rank += count_above<F>(x_ + i, n, target_x_, ties);
+  // Adds the columns [begin, begin + n), n <= kBlock.
+  void add(int64_t begin, int64_t n) {
+    const int64_t hole = target_ >= begin && target_ < begin + n ? target_ - begin : -1;
+    raise(F::max(x_ + begin, n), begin, n);
+    if (transformed_) {
+      alignas(64) float z[kBlock];
+      transform_block<F>(transform_, x_ + begin, n, z);
+      add_block<Float32>(z, begin, n, hole < 0 ? hole : place_of<F>(hole, n));
+    } else {
+      add_block<F>(x_ + begin, begin, n, hole);
     }
-  }
-
-  void add_target(int64_t target) {
-    raise(target_x_, target, 1);
-    const float z = transformed_ ? transform_(target_x_) : target_x_;
-    sums_.target = z;
-    if (!task_.smoothing) return;
-    const float weight = task_.weight ? task_.weight[target] : 1;
-    sums_.gap += (double)(weight * (shift() - z));
-    weight_seen_ += weight;
+    if (task_.rank) add_rank(begin, n);
   }
 
   RowSums finish() {
     sums_.max = max_;
+    sums_.target = target_ < 0 ? 0 : transformed_ ? transform_(target_x_) : target_x_;
     sums_.argmax = best_begin_ + find<F>(x_ + best_begin_, best_size_, max_x_);
     return sums_;
   }
@@ -80,17 +70,24 @@ class Reduction {
     sums_.rest *= factor;
   }
 
-  // z[0:n]: the logits of the columns from `begin` on, as they are or transformed
+  // Up to the target, an equal logit ranks before it.
+  void add_rank(int64_t begin, int64_t n) {
+    const int64_t ties = target_ < begin ? 0 : min(target_ - begin, n);
+    sums_.rank += count_above<F>(x_ + begin, ties, target_x_, true);
+    sums_.rank += count_above<F>(x_ + begin + ties, n - ties, target_x_, false);
+  }
+
+  // z[0:n]: the logits of the columns from `begin` on, as they are or transformed; z[hole] is that of the target
   template <class Z>
-  void add_block(const typename Z::T* z, int64_t begin, int64_t n) {
+  void add_block(const typename Z::T* z, int64_t begin, int64_t n, int64_t hole) {
     const float m = shift();
     if (kept_) {
       kept_->maxima[blocks_++] = max_;
-      sums_.rest += exp_sum<Z, true>(z, n, m, x_ + begin + n, kept_->exponentials + begin);
+      sums_.rest += exp_sum<Z, true>(z, n, m, x_ + begin + n, kept_->exponentials + begin, hole);
     } else if (task_.entropy) {
-      sums_.rest += exp_sum_and_spread<Z>(z, n, m, &sums_.spread);
+      sums_.rest += exp_sum_and_spread<Z>(z, n, m, &sums_.spread, hole);
     } else {
-      sums_.rest += exp_sum<Z, false>(z, n, m, x_ + begin + n, nullptr);
+      sums_.rest += exp_sum<Z, false>(z, n, m, x_ + begin + n, nullptr, hole);
     }
     if (task_.smoothing)
       sums_.gap += weighted_gap<Z, F>(z, task_.weight ? task_.weight + begin : nullptr, n, m, &weight_seen_);
@@ -100,6 +97,7 @@ class Reduction {
   const Transform transform_;
   const bool transformed_;
   const T* x_;
+  const int64_t target_;
   const Kept* kept_;
   int64_t blocks_ = 0;
   float target_x_ = 0, max_x_ = -kInf, max_ = -kInf;
@@ -111,13 +109,7 @@ class Reduction {
 template <class F>
 void reduce(const RowTask<float>& task, const void* row, int64_t target, RowSums* sums, const Kept* kept) {
   Reduction<F> reduction(task, static_cast<const typename F::T*>(row), target, kept);
-  if (target < 0) {
-    reduction.add(0, task.columns, false);
-  } else {
-    reduction.add(0, target, true);
-    reduction.add_target(target);
-    reduction.add(target + 1, task.columns, false);
-  }
+  for (int64_t i = 0; i < task.columns; i += kBlock) reduction.add(i, min(kBlock, task.columns - i));
   *sums = reduction.finish();
 }
 
@@ -134,10 +126,16 @@ template <class F, class Map>
 XENTILE_INLINE void map_row(const typename F::T* x, typename F::T* y, int64_t n, Map map) {
   constexpr int wide = 2 * kBatch;
   constexpr int64_t step = wide * kLanes;
-  const int64_t whole = n / step * step;
-  for (int64_t j = 0; j < whole; j += step) store_all<F>(y + j, map(load_all<F, wide>(x + j), j, step));
-  map_some<F>(x, y, whole, min(kStep, n - whole), map);
-  map_some<F>(x, y, whole + kStep, n - whole - kStep, map);
+  if (n < step) {
+    map_some<F>(x, y, 0, min(kStep, n), map);
+    map_some<F>(x, y, kStep, n - kStep, map);
+    return;
+  }
+  // The last ones are read before y, which may be x, is written, and some of them are computed twice.
+  typename F::T last[step];
+  __builtin_memcpy(last, x + n - step, sizeof last);
+  for (int64_t j = 0; j + step <= n; j += step) store_all<F>(y + j, map(load_all<F, wide>(x + j), j, step));
+  if (n % step) store_all<F>(y + n - step, map(load_all<F, wide>(last), n - step, step));
 }
 
 // dx = exp_factor * exp(x - max), block by block as phase 1, whose exponentials are relative to the maximum so far.
@@ -150,24 +148,17 @@ class PlainGradient {
   PlainGradient(const T* x, T* dx, const Coefficients<float>& c, const Kept* kept)
       : x_(x), dx_(dx), c_(c), kept_(kept) {}
 
-  void add(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t n = min(kBlock, end - i);
-      if (kept_) {
-        max_ = kept_->maxima[blocks_++];
-      } else {
-        raise(F::max(x_ + i, n));
-      }
-      const float factor = (max_ == -kInf ? 0 : exp_one(max_ - c_.max)) * c_.exp_factor * kExpUnbias;
-      if (kept_) {
-        scale_kept(i, n, factor);
-      } else {
-        map_row<F>(x_ + i, dx_ + i, n, exponential(factor, x_ + i + n));
-      }
+  // The columns [begin, begin + n), n <= kBlock.
+  void add(int64_t begin, int64_t n) {
+    const T* x = x_ + begin;
+    max_ = kept_ ? kept_->maxima[blocks_++] : kLarger(F::max(x, n), max_);
+    const float factor = (max_ == -kInf ? 0 : exp_one(max_ - c_.max)) * c_.exp_factor * kExpUnbias;
+    if (kept_) {
+      scale_kept(begin, n, factor);
+    } else {
+      map_row<F>(x, dx_ + begin, n, exponential(factor, x + n));
     }
   }
-
-  void raise(float top) { max_ = top > max_ ? top : max_; }
 
  private:
   // next: what will be read after this block, and should come closer
@@ -185,12 +176,20 @@ class PlainGradient {
 
   void scale_kept(int64_t begin, int64_t n, float factor) const {
     const int64_t whole = n / kStep * kStep;
+    T rest[kStep];  // read before dx, which may be x, is written
+    const bool again = whole < n && n >= kStep;
+    if (again) __builtin_memcpy(rest, x_ + begin + n - kStep, sizeof rest);
     for (int64_t j = begin; j < begin + whole; j += kStep) {
       Batch b = Float32::load(kept_->exponentials + j);
       for (VecF& v : b.v) v *= factor;
       F::store(dx_ + j, b);
     }
-    map_some<F>(x_ + begin, dx_ + begin, whole, n - whole, exponential(factor, x_ + begin));
+    const auto map = exponential(factor, x_ + begin);
+    if (again) {
+      F::store(dx_ + begin + n - kStep, map(F::load(rest), 0, kStep));
+    } else {
+      map_some<F>(x_ + begin, dx_ + begin, whole, n - whole, map);
+    }
   }
 
   const T* x_;
@@ -235,9 +234,7 @@ void gradient(const RowTask<float>& task, const void* row, int64_t target, const
   const float x_t = load_one<F>(x + target);  // before it is overwritten: dx may be x
   if (transform.identity() && !task.smoothing) {
     PlainGradient<F> plain(x, dx, c, kept);
-    plain.add(0, target);
-    plain.raise(x_t);
-    plain.add(target + 1, task.columns);
+    for (int64_t i = 0; i < task.columns; i += kBlock) plain.add(i, min(kBlock, task.columns - i));
   } else {
     general_gradient<F>(transform, x, dx, task.columns, c, task.smoothing ? task.weight : nullptr);
   }

@@ -73,17 +73,20 @@ XENTILE_INLINE VecI lane_index() {
   return lane;
 }
 
-XENTILE_INLINE float horizontal_max(VecF v) {
-  float m = v[0];
-  for (int k = 1; k < kLanes; k++) m = v[k] > m ? v[k] : m;
-  return m;
-}
-
-XENTILE_INLINE float horizontal_sum(VecF v) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; k++) v[k] += v[k + width];
+// One number from all lanes, by halves.
+template <class Vec, class Combine>
+XENTILE_INLINE auto horizontal(Vec v, Combine combine) {
+  for (int width = sizeof v / sizeof v[0] / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; k++) v[k] = combine(v[k], v[k + width]);
   return v[0];
 }
+
+constexpr auto kAdd = [](auto a, auto b) { return a + b; };
+constexpr auto kLarger = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto kSmaller = [](auto a, auto b) { return a < b ? a : b; };
+
+XENTILE_INLINE float horizontal_max(VecF v) { return horizontal(v, kLarger); }
+XENTILE_INLINE float horizontal_sum(VecF v) { return horizontal(v, kAdd); }
 
 // Several vectors that go through the same operations. Each step is written for all of them before the next one: the
 // chain of dependent operations of an exponential is longer than what a processor can look ahead.
