@@ -222,9 +222,11 @@ def _share(logits: Tensor, teacher_logits: Tensor) -> int:
 def forward_rows(logits: Tensor, teacher_logits: Tensor, divergence: str, device: launch.Device) -> launch.Rows:
     """How the rows of two tensors are launched."""
     n, v = logits.shape
-    share = _share(logits, teacher_logits)
-    # The logarithms of a mixture need more than the 64 registers that each of 1024 threads has.
-    threads = 512 if divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl") else 1024
+    threads, share = 1024, _share(logits, teacher_logits)
+    if divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
+        # The logarithms of a mixture, of 16 columns at once, fit neither in the 64 registers that each of 1024 threads
+        # has nor in the 128 of 512.
+        threads, share = 512, 8
     if n >= device.processors:
         # As many rows at once as the cache has room for, which is what `launch.forward` counts: here of two tensors,
         # and also without a gradient, because they are read twice then.
