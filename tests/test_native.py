@@ -29,6 +29,7 @@ def test_lesser_instruction_sets_pass_the_same_tests(isa: str) -> None:
     if isa == _ops.ops.isa.default():
         pytest.skip("the whole suite runs on it")
     names = ("test_cross_entropy.py", "test_numerics.py", "test_sketch.py", "test_teacher_topk_native.py")
+    names += ("test_distillation_native.py",)
     files = [str(TESTS / name) for name in names]
     selection = ["-k", "not hypothesis and not enclose and not promised"]
     done = subprocess.run(
