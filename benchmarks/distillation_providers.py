@@ -51,6 +51,11 @@ def _xentile_cross_entropy(case: Case, device: str) -> Loss:
     return lambda logits, target, *_: xentile.cross_entropy(logits, target).loss
 
 
+def _xentile_cross_entropy_inplace(case: Case, device: str) -> Loss:
+    xentile = package("xentile")
+    return lambda logits, target, *_: xentile.cross_entropy(logits, target, inplace=True).loss
+
+
 def _xentile_dense(case: Case, device: str) -> Loss:
     xentile = package("xentile")
     return lambda logits, teacher_logits: xentile.distillation_loss(logits, teacher_logits).loss
@@ -105,6 +110,14 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("xentile", _xentile_topk, ours=True, operations=TOPK),
     Provider("xentile+inplace", _xentile_topk_inplace, ours=True, overwrites_logits=True, operations=TOPK),
     Provider("xentile.cross_entropy", _xentile_cross_entropy, ours=True, operations=TOPK, yardstick="training"),
+    Provider(
+        "xentile.cross_entropy+inplace",
+        _xentile_cross_entropy_inplace,
+        ours=True,
+        overwrites_logits=True,
+        operations=TOPK,
+        yardstick="training",
+    ),
     Provider("torch.eager", _eager, operations=TOPK),
     Provider("torch.compile", _compile, operations=TOPK),
     Provider("liger", _no_topk_loss, operations=TOPK),

@@ -96,7 +96,7 @@ def _timed(
             "cost_over": {
                 yardstick.name: asdict(ratio(seconds[provider.name], seconds[yardstick.name]))
                 for yardstick, _ in passed
-                if yardstick.yardstick
+                if yardstick.yardstick and yardstick.overwrites_logits == provider.overwrites_logits
             },
             "peak_bytes": peaks[provider.name],
         }

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +25,18 @@ from benchmarks.providers import named
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from benchmarks.cases import Case
+    from benchmarks.provider import Provider
+
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Runs benchmark cases.")
+    parser.add_argument(
+        "--suite",
+        choices=("losses", "percentiles"),
+        default="losses",
+        help="percentiles: benchmarks.quantile, which has its own cases and takes --device, --threads, --quick, --list",
+    )
     parser.add_argument(
         "--cases",
         default="issue2,issue4",
@@ -49,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
 def line(row: Row) -> str:
     """One provider's result, or why there is none."""
     if row["status"] != "measured":
-        return f"  {row['provider']:<27} {row['status']}: {row['reason']}"
+        return f"  {row['provider']:<30} {row['status']}: {row['reason']}"
     seconds, over, own = row["seconds"], row["speedup_over"], row["provider"]
     best = min((peer for peer in over if peer != own), key=lambda p: float(over[p]["median"]), default=None)
     peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / row['logits_bytes']:.2f}"
@@ -59,7 +68,7 @@ def line(row: Row) -> str:
     )
     error = row["errors"]["gradient" if row["operation"] in WITH_GRADIENT else "loss"]
     return (
-        f"  {row['provider']:<27}"
+        f"  {row['provider']:<30}"
         f" {1e3 * seconds['median']:9.2f} [{1e3 * seconds['p20']:.2f}, {1e3 * seconds['p80']:.2f}] ms"
         f"  {row['bytes_per_second'] / 1e9:7.2f} GB/s  {100 * row['of_roof']['median']:5.1f} %"
         f"  x{eager:>6}  x{over[best]['median'] if best else 1.0:>6.2f}  {peak:>5}  {error:.1e}{by and '  '}{by}"
@@ -76,9 +85,56 @@ def header(rows: Sequence[Row]) -> str:
     return f"{rows[0]['case']}{shown}\n  {columns}"
 
 
+def measured_and_stored(
+    case: Case, providers: Sequence[Provider], record: dict[str, Any], plan: Plan, output: Path | None
+) -> list[Row]:
+    """The rows of a case, printed, and appended to `output`."""
+    rows = [record | row for row in measure(case, providers, record["kind"], plan)]
+    release()
+    print(header(rows), *map(line, rows), sep="\n", flush=True)
+    if output is not None:
+        results.append(output, rows)
+    return rows
+
+
+def run(options: argparse.Namespace, cases: Sequence[Case], providers: Sequence[Provider]) -> int:
+    """Every case, then the targets of the issues that were run; 1 if the gate refused one of ours."""
+    record = provenance(options.device)
+    output = options.output or (None if options.quick else results.RESULTS / f"{slug(record['device'])}.jsonl")
+    print(*(f"{key}: {value}" for key, value in record.items()), sep="; ", flush=True)
+    start = time.monotonic()
+    plan = QUICK if options.quick else Plan(seconds=options.seconds)
+    rows: list[Row] = []
+    for case in map(quick, cases) if options.quick else cases:
+        rows += measured_and_stored(case, providers, record, plan, output)
+    for issue in options.cases.split(","):
+        if issue in targets.TARGETS and not options.quick:
+            print("\n" + targets.report(issue, rows))
+    print(
+        f"\n{len(cases)} cases in {time.monotonic() - start:.0f} s;",
+        f"rows in {output}" if output else "nothing stored",
+    )
+    refused = [row for row in rows if row["status"] == "refused" and row["ours"]]
+    for row in refused:
+        print(f"{row['case']}: {row['provider']} was refused: {row['reason']}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def percentiles(options: argparse.Namespace) -> int:
+    """The other suite, whose cases and rows are of another kind."""
+    from benchmarks import quantile  # imports xentile, which a peer's benchmark does without
+
+    if options.list:
+        print(*(f"{c.case}{c.peer and ' against '}{c.peer}" for c in quantile.COMPARISONS), sep="\n")
+        return 0
+    return quantile.main(["--device", options.device, "--quick" if options.quick else "--store"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(argv)
     torch.set_num_threads(options.threads)
+    if options.suite == "percentiles":
+        return percentiles(options)
     try:
         cases, providers = select(options.cases, options.filter), named([p for p in options.providers.split(",") if p])
     except ValueError as error:
@@ -101,31 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU that torch can see, there is none", file=sys.stderr)
         return 2
-    record = provenance(options.device)
-    output = options.output or (None if options.quick else results.RESULTS / f"{slug(record['device'])}.jsonl")
-    print(*(f"{key}: {value}" for key, value in record.items()), sep="; ", flush=True)
-    start = time.monotonic()
-    plan = QUICK if options.quick else Plan(seconds=options.seconds)
-    rows: list[Row] = []
-    for case in cases:
-        case = quick(case) if options.quick else case
-        found = [record | row for row in measure(case, providers, options.device, plan)]
-        release()
-        print(header(found), *map(line, found), sep="\n", flush=True)
-        if output is not None:
-            results.append(output, found)
-        rows += found
-    for issue in options.cases.split(","):
-        if issue in targets.TARGETS and not options.quick:
-            print("\n" + targets.report(issue, rows))
-    print(
-        f"\n{len(cases)} cases in {time.monotonic() - start:.0f} s;",
-        f"rows in {output}" if output else "nothing stored",
-    )
-    refused = [row for row in rows if row["status"] == "refused" and row["ours"]]
-    for row in refused:
-        print(f"{row['case']}: {row['provider']} was refused: {row['reason']}", file=sys.stderr)
-    return 1 if refused else 0
+    return run(options, cases, providers)
 
 
 if __name__ == "__main__":

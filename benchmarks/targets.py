@@ -42,7 +42,8 @@ def _percentiles(row: Row) -> float | None:
 
 
 def _over_cross_entropy(row: Row) -> float | None:
-    return row["cost_over"].get("xentile.cross_entropy", {}).get("median")
+    """Each with a new gradient, or each with the gradient over the logits."""
+    return next((cost["median"] for cost in row["cost_over"].values()), None)
 
 
 def _headline(dtype: str, eager: float, compiled: float, copy: float) -> list[Target]:
@@ -104,8 +105,9 @@ def _topk(options: str, what: str) -> list[Target]:
         Target(f"{what}: against plain PyTorch", case, "xentile", _speedup("torch.eager"), 8.0, "x"),
         Target(f"{what}: time over xt.cross_entropy", case, "xentile", _over_cross_entropy, 1.25, "x", True),
         Target(f"{what}, memory kept mapped: the same", mapped, "xentile", _over_cross_entropy, 1.25, "x", True),
+        Target(f"{what}, inplace=True both: the same", case, "xentile+inplace", _over_cross_entropy, 1.25, "x", True),
         Target(f"{what}: peak memory in (N, V) tensors", case, "xentile", _peak, 1.02, "", True),
-        Target(f"{what}, inplace=True: the same", case, "xentile+inplace", _peak, 0.02, "", True),
+        Target(f"{what}, inplace=True: peak memory", case, "xentile+inplace", _peak, 0.02, "", True),
     ]
 
 

@@ -165,6 +165,13 @@ def test_a_case_has_only_the_providers_of_its_operation() -> None:
     assert missing[0][1] == "it has no loss against a teacher's top K"
 
 
+def test_the_suite_of_percentiles_lists_its_peers(capsys) -> None:
+    pytest.importorskip("xentile")
+    assert main(["--suite", "percentiles", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(peer in listed for peer in ("torch.quantile", "np.partition", "ddsketch"))
+
+
 def test_an_unknown_provider_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"providers must be among .*torch\.eager.*, got tourch"):
         named(["tourch"])
