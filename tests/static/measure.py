@@ -40,7 +40,8 @@ class Cost(NamedTuple):
 
 
 # The kernels that stream rows, and what they do in their hot loops. The loops of the others are over tokens, or none.
-READING, WRITING = {"row_kernel", "split_kernel"}, {"row_kernel", "gradient_kernel"}
+READING = {"row_kernel", "split_kernel", "topk_row_kernel"}
+WRITING = {"row_kernel", "gradient_kernel", "topk_row_kernel", "topk_gradient_kernel"}
 ROWS = READING | WRITING | {"short_row_kernel", "short_gradient_kernel"}
 
 

@@ -39,17 +39,17 @@ def test_counting_needs_no_fence(case: Case, target: str) -> None:
 def test_hot_loops_load_and_store_sixteen_bytes(case: Case, target: str) -> None:
     kernels = costs(case, target)
     reading, writing = (baseline.hot_loop(kernels, phase) for phase in ("reading", "writing"))
-    if case.operator != "backward":
+    if not case.operator.endswith("backward"):
         assert reading is not None
         assert reading.load_width >= 16
-    if case.operator != "forward":
+    if not case.operator.endswith("forward"):
         assert writing is not None
         assert (writing.load_width, writing.store_width) >= (16, 16)
 
 
 def test_bfloat16_forward_on_hopper_has_eight_instructions_and_little_more_than_one_exponential() -> None:
     for case in CASES:
-        if case.operator == "forward" and case.dtype.itemsize == 2 and case.streams:
+        if case.operator.endswith("forward") and case.dtype.itemsize == 2 and case.streams:
             loop = baseline.hot_loop(costs(case, "sm_90"), "reading")
             assert loop is not None
             assert loop.instructions <= 8, f"{case.name}: {loop.instructions} instructions an element"

@@ -102,7 +102,7 @@ def topk_distillation(
             launch.run(topk_row_kernel, (n,), chosen, rows.threads, device)
         tiles = triton.cdiv(n, finish.BLOCK) if sketch is not None or kd_sketch is not None else 1
         chosen = arguments | {"BLOCK": finish.BLOCK}
-        launch.run(topk_finish_kernel, (max(1, tiles),), chosen, finish.THREADS, device)
+        launch.run(topk_finish_kernel, (max(1, tiles),), chosen, 2 * finish.THREADS, device)  # for two sketches
 
 
 def topk_distillation_backward(
@@ -242,10 +242,12 @@ def forward_rows(
         threads = launch.forward(4 * device.processors, v, itemsize, True, False, False, device).threads
     else:
         threads = 128 if n >= 4 * device.processors else 512
-    if threads == 1024:
-        # A processor has this row alone. What is done once a row costs half as much with half the threads, which have
-        # registers for as many bytes in flight; but not for two sums a slot as well.
-        threads, share = (1024, share // 2) if twice else (512, 2 * share)
+    if twice:  # two more numbers a slot
+        share //= 2
+    elif threads == 1024:
+        # A processor has this row alone: what is done once a row costs half as much with half the threads, which have
+        # registers for as many bytes in flight.
+        threads, share = 512, 2 * share
     # Not more than the row needs, and the groups of the support are a tile too: of 16 bytes for each of its columns.
     threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))), k // 2)
     threads = triton.next_power_of_2(threads)
