@@ -91,7 +91,7 @@ def short_gradient_kernel(
     lane, step, _group, inside = tile_of(V, GROUPS, LANES, VEC)
     w = load_weight(weight_ptr, lane + step, inside, SMOOTH)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         here = row < N
         t, _valid, in_range = read_target(target_ptr, row, here, ignore_index, V)
         in_range &= here
