@@ -44,8 +44,13 @@ def log_masses(z, z_0, tail, temperature):
     others = tl.where(tl.arange(0, z.shape[0]) > 0, z - z_0, float("-inf"))
     top, total = tail
     top = tl.div_rn(top - z_0, temperature)
-    log_sum = log1p(tl.sum(exp_of(tl.div_rn(others, temperature)), 0) + total * exp_of(top))
-    return log_sum, tl.log(total) + top - log_sum
+    inside = tl.sum(exp_of(tl.div_rn(others, temperature)), 0)  # without the first, which is 1
+    outside = total * exp_of(top)
+    log_sum = log1p(inside + outside)
+    # Either of the two loses digits where the other is used: next to a share of 1, and where `outside` is 0 in float32.
+    dominates = outside > 1.0 + inside
+    share = -log1p((1.0 + inside) / tl.where(dominates, outside, 1.0))
+    return log_sum, tl.where(dominates, share, tl.log(total) + top - log_sum)
 
 
 @triton.jit
