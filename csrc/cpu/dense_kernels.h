@@ -34,11 +34,11 @@ struct DenseConstants {
   float student_share, teacher_share;    // of the mixture M
 };
 
-// dz_j = slope G_j + mass q_j + plain exp(z_j - max), dz_t = slope G_t + mass_at_target q_t + target.
+// dz_j = divergence q_j (df_j/dq_j - expected) + mass q_j + plain exp(z_j - max), and for the target
+// dz_t = divergence q_t (df_t/dq_t - expected) + target.
 struct DenseCoefficients {
-  bool divergence;  // whether there is more than the last terms
-  float slope, mass, plain;
-  float mass_at_target, target;
+  float divergence, expected;  // expected: E, the sum of q df/dq
+  float mass, plain, target;
 };
 
 struct DenseTotals {

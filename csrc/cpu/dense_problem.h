@@ -101,16 +101,13 @@ class DenseProblem {
   DenseCoefficients coefficients(int64_t i, float g, const SavedRow& saved, float token_loss) const {
     g *= problem.token_weight_of(i);
     DenseCoefficients c = {};
-    if (options.kd_weight != 0) {
-      c.divergence = true;
-      c.slope = static_cast<float>(g * kd_weight(i) / temperature(i));
-      c.mass = c.mass_at_target = -c.slope * saved.slope;
-    }
+    if (options.kd_weight != 0) c.divergence = static_cast<float>(g * kd_weight(i) / temperature(i));
+    c.expected = saved.slope;
     if (!has_cross_entropy()) return c;
     const float h = g * static_cast<float>(options.ce_weight);
     c.target = h * std::expm1(-token_loss);
-    if (c.divergence && temperature(i) == 1) {
-      c.mass += h;
+    if (c.divergence != 0 && temperature(i) == 1) {
+      c.mass = h;
     } else {
       c.plain = h / saved.plain;
     }

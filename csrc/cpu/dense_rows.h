@@ -5,7 +5,6 @@
 #include "dense_math.h"
 
 namespace {
-using xentile::DenseCoefficients;
 using xentile::DenseRow;
 using xentile::DenseSums;
 using xentile::DenseTotals;
@@ -109,23 +108,23 @@ void reduce_dense(const DenseLogits& logits, int64_t columns, int64_t target, fl
   });
 }
 
-// Whole steps of z and of the teacher's: totals if kSum, slope G + mass q if kWrite.
+// Whole steps of z and of the teacher's: totals if kSum, the gradient if kWrite.
 template <class D, bool kSum, bool kWrite>
 void terms(const DenseConstants& constants, const DenseCoefficients& coefficients, const float* z, const float* x,
            int64_t n, DenseTotals* totals, float* out) {
   const DenseConstants c = constants;  // its fields stay in registers, whatever `out` points to
-  const float slope_factor = D::kSign * coefficients.slope, mass_factor = coefficients.mass;
+  const DenseCoefficients g = coefficients;
   VecF value = {}, slope = {};
   for (int64_t i = 0; i < n; i += kSpan) {
     VecF value_part = {}, slope_part = {};
     for (int64_t j = i; j < min(i + kSpan, n); j += kLanes) {
       const Term term = D::of(c, Columns(c, load(z + j), load(x + j)));
-      if (kSum) value_part += term.value, slope_part += term.slope;
-      if (kWrite) store(out + j, multiply_add(term.q, splat(mass_factor), term.slope * slope_factor));
+      if (kSum) value_part += term.value, slope_part += D::expected_slope(term);
+      if (kWrite) store(out + j, D::gradient(term, g));
     }
     value += value_part, slope += slope_part;
   }
-  if (kSum) totals->value += horizontal_sum(value), totals->slope += D::kSign * horizontal_sum(slope);
+  if (kSum) totals->value += horizontal_sum(value), totals->slope += horizontal_sum(slope);
 }
 
 typedef void (*Terms)(const DenseConstants&, const DenseCoefficients&, const float*, const float*, int64_t,
@@ -168,7 +167,8 @@ class DenseGradient {
   DenseGradient(const DenseRow& row, const DenseConstants& c, const DenseCoefficients& coefficients,
                 DenseTotals* totals)
       : row_(row), c_(c), coefficients_(coefficients), totals_(totals) {
-    if (coefficients.divergence) terms_ = totals ? terms<ForwardKl, true, true> : terms_of<false, true>(c.divergence);
+    if (coefficients.divergence != 0)
+      terms_ = totals ? terms<ForwardKl, true, true> : terms_of<false, true>(c.divergence);
   }
 
   // out[0:n], up to whole steps
@@ -213,7 +213,7 @@ class DenseGradient {
 // dz/dx of the target's column alone: the row's formula, but one coefficient.
 float gradient_at_target(const DenseRow& row, const DenseConstants& c, DenseCoefficients coefficients) {
   alignas(64) float out[kStep];
-  coefficients.mass = coefficients.mass_at_target, coefficients.plain = 0;
+  coefficients.mass = coefficients.plain = 0;
   DenseRow unscaled = row;
   unscaled.scale = 1, unscaled.softcap = 0;
   DenseGradient(unscaled, c, coefficients, nullptr).add(row.target, 1, out);

@@ -107,7 +107,8 @@ def run(inputs: Inputs, options: Options, *, inplace: bool) -> Results:
     if recomputing():
         inputs = inputs._replace(state=None, kd_state=None)
     differentiable = any(t is not None and t.requires_grad for t in (inputs.token_weight, inputs.normalizer))
-    if transformed() or differentiable or inputs.logits.dtype == torch.float64:
+    double = torch.float64 in (inputs.logits.dtype, inputs.teacher.dtype)  # nobody trains in it
+    if transformed() or differentiable or double:
         return _through_reference(inputs, options)
     compiling = torch.compiler.is_compiling()
     if torch.is_grad_enabled() and inputs.logits.requires_grad:
