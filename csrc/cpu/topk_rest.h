@@ -48,10 +48,7 @@ class MaskedBlocks {
 
   // The same for z[0:n], which `transform_block` made of the block: a softcap has made numbers of the -inf.
   void mask(float* z, int64_t n) const {
-    for (const int32_t* column = first_; column < next_; column++) {
-      const int64_t j = *column - begin_, within = j % kStep;
-      z[j < n / kStep * kStep ? j - within + F::lane_of(within) : j] = -kInf;
-    }
+    for (const int32_t* column = first_; column < next_; column++) z[place_of<F>(*column - begin_, n)] = -kInf;
   }
 
  private:
