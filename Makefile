@@ -46,7 +46,7 @@ distill: $(READY) ## distil SmolLM2-135M with different top-K losses, ten minute
 	@$(BIN)/python examples/distill_smollm2.py $(DISTILL)
 
 test: $(READY) ## all tests (TESTS="-k sketch")
-	@$(BIN)/python -m pytest -q $(TESTS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 lint: $(READY) ## style, format and types
 	$(BIN)/ruff check
