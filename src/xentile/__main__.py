@@ -45,7 +45,7 @@ def doctor() -> str:
         lines.append(f"{name:<28}{cpu:<16}{cuda:<16}plain PyTorch")
     lines.append("")
     lines.append("Plain PyTorch on every device: float64 logits on a GPU or in distillation, class probabilities,")
-    lines.append("torch.func transforms, double backward, gradients with respect to weight, token_weight or normalizer.")
+    lines.append("torch.func transforms, double backward, gradients of weight, token_weight or normalizer.")
     return "\n".join(lines)
 
 
