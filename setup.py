@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = pathlib.Path("csrc/cpu")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 TORCH = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11: the oldest torch that the library must load in
-OPERATORS = ["library", "cross_entropy", "sketch", "quantile"]
+OPERATORS = ["library", "cross_entropy", "gradient_memory", "sketch", "quantile"]
 OPERATORS += ["teacher_topk", "topk_support", "topk_distillation", "dense"]
 KERNELS = {
     "rows_default": ["-ffp-contract=fast"],

@@ -2,7 +2,7 @@
 
 CUDA: torch's allocator counts. CPU: the kernel's high-water mark of resident memory (Linux lets a process reset it),
 which sees native scratch buffers as well as tensors. Pages that freed tensors left mapped would be missed, so free
-memory is trimmed first.
+memory is given back first, that which xentile keeps included.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+import xentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,6 +61,7 @@ def _libc() -> ctypes.CDLL | None:
 
 def trim() -> None:
     """Gives free memory back to the system."""
+    xentile.empty_cache()
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
 

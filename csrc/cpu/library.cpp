@@ -74,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(xentile, CPU, m) {
   m.impl("topk_distillation_backward", TORCH_BOX(&xentile::topk_distillation_backward));
   m.impl("distillation", TORCH_BOX(&xentile::distillation));
   m.impl("distillation_backward", TORCH_BOX(&xentile::distillation_backward));
+  m.impl("empty_gradient", TORCH_BOX(&xentile::empty_gradient));
   m.impl("scale_", TORCH_BOX(&xentile::scale_));
   m.impl("sketch_update", TORCH_BOX(&xentile::sketch_update));
   m.impl("sketch_quantile", TORCH_BOX(&xentile::sketch_quantile));
@@ -81,4 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(xentile, CPU, m) {
   m.impl("first_bad_group", TORCH_BOX(&xentile::first_bad_group));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xentile, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&xentile::isa)); }
+STABLE_TORCH_LIBRARY_IMPL(xentile, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&xentile::isa));
+  m.impl("empty_cache", TORCH_BOX(&xentile::empty_cache));
+}

@@ -70,4 +70,8 @@ void topk_distillation_backward(const Tensor& dloss, const Tensor& logits, const
                                 bool temperature_squared, double kd_weight, double ce_weight, double softcap,
                                 double logit_scale, bool filled);
 
+Tensor empty_gradient(const Tensor& logits);
+
+void empty_cache();
+
 }  // namespace xentile

@@ -5,6 +5,7 @@ from xentile.confidence import clustered_confidence_interval
 from xentile.cross_entropy import cross_entropy
 from xentile.distillation import distillation_loss
 from xentile.distillation_output import DistillationOutput
+from xentile.memory import empty_cache
 from xentile.module import CrossEntropyLoss
 from xentile.output import CrossEntropyOutput
 from xentile.quantile import quantile
@@ -28,6 +29,7 @@ __all__ = [
     "clustered_confidence_interval",
     "cross_entropy",
     "distillation_loss",
+    "empty_cache",
     "quantile",
     "teacher_topk",
     "topk_distillation_loss",

@@ -38,7 +38,7 @@ def doctor() -> str:
         f"{'operator':<28}{'CPU':<16}{'CUDA':<16}other devices",
     ]
     for name in _ops.SCHEMAS:
-        if name == "isa":
+        if name in _ops.WITHOUT_TENSORS:
             continue
         cpu = "C++" if _has(name, "CPU") else "plain PyTorch"
         cuda = "plain PyTorch" if not _has(name, "CUDA") else "Triton"

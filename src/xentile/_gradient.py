@@ -69,4 +69,9 @@ def refuse_inplace(ctx: Any) -> None:
 
 
 def _memory(logits: Tensor, inplace: bool) -> Tensor:
-    return logits.detach() if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if inplace:
+        return logits.detach()
+    if logits.is_cpu and not torch.compiler.is_compiling():  # a compiled graph plans its memory itself
+        fresh: Tensor = ops.empty_gradient.default(logits)
+        return fresh
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -82,6 +82,10 @@ SCHEMAS = {
         "bool temperature_squared, float kd_weight, float ce_weight, float softcap, float logit_scale, "
         "bool filled) -> ()"
     ),
+    # Contiguous memory for the gradient, of the shape and dtype of logits. csrc/cpu keeps it when it is freed, for the
+    # next gradient, while the system may take it; empty_cache gives it back at once.
+    "empty_gradient": "(Tensor logits) -> Tensor",
+    "empty_cache": "() -> ()",
     # x *= scale, scale () float32 or float64, without touching memory when scale is exactly 1. For a gradient in place.
     "scale_": "(Tensor(a!) x, Tensor scale) -> ()",
     # Adds values (N,) float32, where mask (N,) bool holds, to the sketch; each counts `unit`, or its weight in that
@@ -110,6 +114,8 @@ SCHEMAS = {
     "first_bad_group": "(Tensor group_ids, int num_groups) -> int",
     "isa": "() -> str",
 }
+WITHOUT_TENSORS = {"isa", "empty_cache"}
+"""Operators that cannot be dispatched by device, and hence have one owner: csrc/cpu if it was built."""
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"xentile::{_name}", _schema)
 
@@ -125,6 +131,11 @@ def _(logits, target, weight, token_weight, normalizer, group_ids, loss, *rest):
 @torch.library.register_fake("xentile::cross_entropy_backward")
 def _(dloss, logits, target, weight, token_weight, denominator, token_loss, row_max, sum_exp, dlogits, *rest):  # type: ignore[no-untyped-def]
     torch._check(dlogits.shape == logits.shape)
+
+
+@torch.library.register_fake("xentile::empty_gradient")
+def _(logits):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("xentile::scale_")
@@ -210,7 +221,7 @@ def _reference_kernel(name: str) -> Callable[..., Any]:
 
 def _register_reference() -> None:
     """Plain PyTorch for every device that has no kernels of its own, in particular a CPU without the native library."""
-    native = {"isa"} if NATIVE_UNAVAILABLE is None else set()  # it has no tensor to dispatch on: one owner
+    native = WITHOUT_TENSORS if NATIVE_UNAVAILABLE is None else set()
     for name in SCHEMAS.keys() - native:
         torch.library.impl(f"xentile::{name}", "CompositeExplicitAutograd", _reference_kernel(name))
 

@@ -162,3 +162,11 @@ def _first(bad: Tensor) -> int:
 
 def isa() -> str:
     return "none"
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def empty_cache() -> None:
+    pass
