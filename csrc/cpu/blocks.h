@@ -100,9 +100,10 @@ double exp_sum(const typename F::T* z, int64_t n, float m, const Next* next, flo
         }
       },
       [&]() XENTILE_LAMBDA {
-        for (VecF& p : part) sum += p, p = VecF{};
+        sum += part[0] + part[1];
+        for (VecF& p : part) p = VecF{};
       });
-  return (double)horizontal_sum(sum) * kExpUnbias;
+  return horizontal_sum(sum) * kExpUnbias;
 }
 
 // The same sum, and *spread += sum of exp(z - m) (m - z), where 0 * inf counts 0
@@ -124,8 +125,8 @@ double exp_sum_and_spread(const typename F::T* z, int64_t n, float m, double* sp
         for (VecF& p : part) sum += p, p = VecF{};
         for (VecF& p : spread_part) spread_sum += p, p = VecF{};
       });
-  *spread += (double)horizontal_sum(spread_sum) * kExpUnbias;
-  return (double)horizontal_sum(sum) * kExpUnbias;
+  *spread += horizontal_sum(spread_sum) * kExpUnbias;
+  return horizontal_sum(sum) * kExpUnbias;
 }
 
 // sum of weight (m - z), and *seen += sum of weight; weight null: all ones. Order: whose lanes the elements of z are in

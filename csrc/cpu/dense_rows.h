@@ -23,7 +23,7 @@ double tempered_sum(const float* z, int64_t n, float m, float inverse) {
     }
     sum += part;
   }
-  return (double)horizontal_sum(sum) * kExpUnbias;
+  return horizontal_sum(sum) * kExpUnbias;
 }
 
 // Phase 1 of one matrix's row.

@@ -86,7 +86,15 @@ constexpr auto kLarger = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto kSmaller = [](auto a, auto b) { return a < b ? a : b; };
 
 XENTILE_INLINE float horizontal_max(VecF v) { return horizontal(v, kLarger); }
-XENTILE_INLINE float horizontal_sum(VecF v) { return horizontal(v, kAdd); }
+
+// In double: these few additions are of the largest numbers, and would round more than all that came before.
+XENTILE_INLINE double horizontal_sum(VecF v) {
+  double lanes[kLanes];
+  for (int k = 0; k < kLanes; k++) lanes[k] = v[k];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; k++) lanes[k] += lanes[k + width];
+  return lanes[0];
+}
 
 // Several vectors that go through the same operations. Each step is written for all of them before the next one: the
 // chain of dependent operations of an exponential is longer than what a processor can look ahead.

@@ -258,7 +258,7 @@ void add_tail(const TopKTask& task, const void* row, int64_t n, float limit, uin
     const VecF sum = transform.identity() && t == 0
                          ? plain_tail<F>(x, n, limit, spans, max)
                          : general_tail<F>(transform, x, n, limit, max, task.inverse_temperatures[t]);
-    sums[t] += (double)horizontal_sum(sum) * kExpUnbias;
+    sums[t] += horizontal_sum(sum) * kExpUnbias;
   }
 }
 

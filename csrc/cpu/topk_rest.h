@@ -82,8 +82,8 @@ void tempered_exp_sums(const typename F::T* z, int64_t n, float m, InverseTemper
                    });
     sum += part, plain_sum += plain_part;
   }
-  *tempered += (double)horizontal_sum(sum) * kExpUnbias;
-  if (kPlain) *plain += (double)horizontal_sum(plain_sum) * kExpUnbias;
+  *tempered += horizontal_sum(sum) * kExpUnbias;
+  if (kPlain) *plain += horizontal_sum(plain_sum) * kExpUnbias;
 }
 
 template <class F>
