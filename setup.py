@@ -14,6 +14,7 @@ CXXFLAGS as usual.
 import os
 import pathlib
 import platform
+import runpy
 import shlex
 import subprocess
 import sys
@@ -84,6 +85,7 @@ class BuildNative(build_ext):
         prefix = f"-ffile-prefix-map={pathlib.Path.cwd()}/="  # no path of the building machine in messages
         include = torch_include()
         units = {name: [*TORCH, "-isystem", include] for name in OPERATORS}
+        units["library"].append(f'-DXENTILE_SIGNATURE="{runpy.run_path("src/xentile/_schemas.py")["SIGNATURE"]}"')
         units |= {name: isa if IS_X86 else isa[:1] for name, isa in KERNELS.items()}
         objects = []
         for name, own in units.items():

@@ -1,4 +1,4 @@
-// The operators cross_entropy and cross_entropy_backward; their schemas are in src/xentile/_ops.py.
+// The operators cross_entropy and cross_entropy_backward; their schemas are in src/xentile/_schemas.py.
 #include <memory>
 #include <vector>
 
@@ -85,15 +85,6 @@ class Forward {
   std::vector<float> maxima_;
 };
 
-template <class Acc>
-double mean_denominator(const Problem<Acc>& problem, const Acc* normalizer, bool zero_if_empty) {
-  double total = normalizer ? *normalizer : 0;
-  for (int64_t i = 0; i < problem.rows && !normalizer; i++)
-    if (!problem.targets.ignored(i) && problem.targets.in_range(i))
-      total += static_cast<Acc>(problem.token_weight_of(i) * problem.weight_of(problem.targets[i]));
-  return zero_if_empty && total == 0 ? INFINITY : total;
-}
-
 struct ForwardTensors {
   const std::optional<Tensor>&normalizer, &group_ids;
   const Tensor &loss, &denominator, &token_loss, &lse, &row_max, &sum_exp, &predicted, &correct;
@@ -125,7 +116,11 @@ void forward(Problem<Acc> problem, const Tensor& logits, const ForwardTensors& t
   if (t.sketch) state = write_state(*t.sketch);
   const Gradient gradient(t.dlogits, logits, problem.row_bytes / problem.columns);
 
-  const double total = reduction == kMean ? mean_denominator(problem, normalizer, zero_if_empty) : 1;
+  const auto weight_of = [&](int64_t i) {
+    const bool counts = !problem.targets.ignored(i) && problem.targets.in_range(i);
+    return counts ? problem.token_weight_of(i) * problem.weight_of(problem.targets[i]) : Acc(0);
+  };
+  const double total = reduction == kMean ? mean_denominator(rows, normalizer, zero_if_empty, weight_of) : 1;
   const Acc denominator = static_cast<Acc>(total);
   *write<Acc>(t.denominator, acc, 1, "denominator") = denominator;
   torch::stable::parallel_for(0, rows, problem.grain(), [&](int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
 // The operators distillation and distillation_backward, against a dense teacher; their schemas are in
-// src/xentile/_ops.py.
+// src/xentile/_schemas.py.
 #include <type_traits>
 #include <vector>
 
@@ -99,13 +99,6 @@ class DenseForward {
   std::vector<float> z_;  // of a row, where a softcap makes it worth keeping
 };
 
-double mean_denominator(const DenseProblem& dense, const float* normalizer, bool zero_if_empty) {
-  double total = normalizer ? *normalizer : 0;
-  for (int64_t i = 0; i < dense.problem.rows && !normalizer; i++)
-    if (!dense.ignored(i) && dense.in_range(i)) total += dense.problem.token_weight_of(i);
-  return zero_if_empty && total == 0 ? INFINITY : total;
-}
-
 struct DenseTensors {
   const std::optional<Tensor>&normalizer, &group_ids;
   const Tensor &loss, &denominator, &kd_loss, &token_loss, &rows;
@@ -131,7 +124,10 @@ void forward(const DenseProblem& dense, const Tensor& logits, const DenseTensors
   if (t.kd_sketch) kd_state = write_state(*t.kd_sketch);
   const Gradient gradient(t.dlogits, logits, problem.row_bytes / problem.columns);
 
-  const double total = reduction == kMean ? mean_denominator(dense, normalizer, zero_if_empty) : 1;
+  const auto weight_of = [&](int64_t i) {
+    return dense.ignored(i) || !dense.in_range(i) ? 0 : problem.token_weight_of(i);
+  };
+  const double total = reduction == kMean ? mean_denominator(rows, normalizer, zero_if_empty, weight_of) : 1;
   const float denominator = static_cast<float>(total);
   *write<float>(t.denominator, acc, 1, "denominator") = denominator;
   torch::stable::parallel_for(0, rows, problem.grain(), [&](int64_t begin, int64_t end) {

@@ -25,6 +25,9 @@ const KernelTable& kernel_table() {
   return *table;
 }
 
+// What the library was built for: setup.py passes it, and xentile/_ops.py looks for it in the file before it loads it.
+extern "C" __attribute__((used)) const char xentile_signature[] = XENTILE_SIGNATURE;
+
 namespace {
 
 std::string isa() { return kernel_table().name; }

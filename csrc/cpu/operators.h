@@ -1,5 +1,5 @@
 // The operators that library.cpp registers. What they compute is described where they are declared:
-// src/xentile/_ops.py.
+// src/xentile/_schemas.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

@@ -89,6 +89,15 @@ Problem<Acc> make_problem(const RowKernels<Acc>& kernels, int64_t item, const Te
            static_cast<Acc>(total_weight)}};
 }
 
+// What a mean is divided by: the normalizer if there is one, else the sum of weight_of(i), which is 0 for a row that does
+// not count.
+template <class Acc, class WeightOf>
+double mean_denominator(int64_t rows, const Acc* normalizer, bool zero_if_empty, WeightOf weight_of) {
+  double total = normalizer ? *normalizer : 0;
+  for (int64_t i = 0; i < rows && !normalizer; i++) total += weight_of(i);
+  return zero_if_empty && total == 0 ? INFINITY : total;
+}
+
 // The matrix that receives the gradient.
 class Gradient {
  public:

@@ -1,4 +1,4 @@
-// The operator radix_counts: one digit of a radix selection. Its schema is in src/xentile/_ops.py, the keys are
+// The operator radix_counts: one digit of a radix selection. Its schema is in src/xentile/_schemas.py, the keys are
 // described in src/xentile/reference/quantile.py.
 #include <torch/csrc/stable/library.h>
 

@@ -1,4 +1,4 @@
-// The operators sketch_update and sketch_quantile; their schemas are in src/xentile/_ops.py.
+// The operators sketch_update and sketch_quantile; their schemas are in src/xentile/_schemas.py.
 #include <algorithm>
 #include <limits>
 #include <vector>

@@ -1,4 +1,4 @@
-// The operator teacher_topk; its schema is in src/xentile/_ops.py.
+// The operator teacher_topk; its schema is in src/xentile/_schemas.py.
 #include <limits>
 
 #include "checks.h"

@@ -1,4 +1,4 @@
-// The operators topk_distillation and topk_distillation_backward; their schemas are in src/xentile/_ops.py.
+// The operators topk_distillation and topk_distillation_backward; their schemas are in src/xentile/_schemas.py.
 #include <memory>
 
 #include "dispatch.h"
@@ -98,13 +98,6 @@ class Forward {
   std::vector<float> maxima_;
 };
 
-double mean_denominator(const TopkProblem& problem, const float* normalizer, bool zero_if_empty) {
-  double total = normalizer ? *normalizer : 0;
-  for (int64_t i = 0; i < problem.base.rows && !normalizer; i++)
-    if (problem.live(i)) total += problem.base.token_weight_of(i);
-  return zero_if_empty && total == 0 ? INFINITY : total;
-}
-
 struct ForwardTensors {
   const std::optional<Tensor>&normalizer, &group_ids;
   const Tensor &loss, &denominator, &kd_loss, &token_loss, &student_mass, &rest;
@@ -131,7 +124,8 @@ void forward(const TopkProblem& problem, const Tensor& logits, const ForwardTens
   if (t.kd_sketch) sketches.kd_loss = write_state(*t.kd_sketch);
   const Gradient gradient(t.dlogits, logits, problem.base.row_bytes / problem.base.columns);
 
-  const double total = reduction == kMean ? mean_denominator(problem, normalizer, zero_if_empty) : 1;
+  const auto weight_of = [&](int64_t i) { return problem.live(i) ? problem.base.token_weight_of(i) : 0; };
+  const double total = reduction == kMean ? mean_denominator(rows, normalizer, zero_if_empty, weight_of) : 1;
   const float denominator = static_cast<float>(total);
   *write<float>(t.denominator, ScalarType::Float, 1, "denominator") = denominator;
   torch::stable::parallel_for(0, rows, problem.base.grain(), [&](int64_t begin, int64_t end) {

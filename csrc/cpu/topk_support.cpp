@@ -1,4 +1,4 @@
-// The operator topk_support; its schema is in src/xentile/_ops.py, its rules in xentile/reference/support.py.
+// The operator topk_support; its schema is in src/xentile/_schemas.py, its rules in xentile/reference/support.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>

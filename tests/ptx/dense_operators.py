@@ -17,7 +17,7 @@ from .topk_operators import PER_EXPONENT, RELATIVE, TANH, Implementation, Scales
 
 
 class Inputs(NamedTuple):
-    """logits and teacher_logits (N, V); the rest as in the schemas of xentile/_ops.py."""
+    """logits and teacher_logits (N, V); the rest as in the schemas of xentile/_schemas.py."""
 
     logits: Tensor
     teacher_logits: Tensor

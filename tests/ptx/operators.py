@@ -19,7 +19,7 @@ Implementation = Callable[..., None]
 
 
 class Inputs(NamedTuple):
-    """logits (N, V), target (N,); the rest as in the schemas of xentile/_ops.py."""
+    """logits (N, V), target (N,); the rest as in the schemas of xentile/_schemas.py."""
 
     logits: Tensor
     target: Tensor

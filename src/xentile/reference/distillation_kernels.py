@@ -1,4 +1,4 @@
-"""The reference of the distillation operators, with the signatures of the schemas in xentile/_ops.py."""
+"""The reference of the distillation operators, with the signatures of the schemas in xentile/_schemas.py."""
 
 from __future__ import annotations
 
