@@ -8,7 +8,6 @@ are listed with the reason.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -143,17 +142,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
-    if options.base:
-        from benchmarks.compare import compare  # builds another commit: only when asked
-
-        try:
-            return compare(options.base, cases, options.quick, options.threads)
-        except subprocess.CalledProcessError as error:
-            print(f"{options.base} could not be checked out and built: {error}", file=sys.stderr)
-            return 2
     if not cases:
         print(f"no case with tag {options.cases} matches {options.filter}", file=sys.stderr)
         return 2
+    if options.base:
+        from benchmarks.compare import BaseError, compare  # builds another commit: only when asked
+
+        try:
+            return compare(options.base, cases, options.quick, options.threads)
+        except BaseError as error:
+            print(f"--base {options.base} {error}", file=sys.stderr)
+            return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU that torch can see, there is none", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """One side of benchmarks/compare.py: `python -m benchmarks.worker PACKAGE THREADS` answers requests on standard input.
 
-{"case": {field: value}} makes inputs, answers 0; {"run": i} answers the seconds of one step.
+{"case": {field: value}} makes inputs and takes one step; {"run": i} takes one on input set i. The answer is a line:
+{"seconds": s}, of that step, or {"cannot": reason} if this side's xentile has no such function or fails in it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,24 @@ def step_for(case: Case) -> Step:
     return lambda i: STEPS[case.operation](ready[0][1], *inputs[i % 2])
 
 
+class Worker:
+    """Keeps the step of the case that was asked for last."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if "case" in request:
+                self.step = None  # its inputs are freed before the next ones are made
+                self.step = step_for(Case(**request["case"]))
+            if self.step is None:
+                raise RuntimeError("a run was asked for before a case")
+            return {"seconds": cpu_clock(self.step, request.get("run", 0))}
+        except Exception as error:  # whatever another commit raises: it is its answer to this case, and no other's
+            return {"cannot": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+
+
 def main(package: str, threads: str) -> None:
     import xentile
 
@@ -33,12 +53,9 @@ def main(package: str, threads: str) -> None:
     if not imported.is_relative_to(Path(package).resolve()):
         raise RuntimeError(f"xentile must come from the side's own folder, came from {imported.parent}")
     torch.set_num_threads(int(threads))
-    step: Step = lambda i: None  # noqa: E731
+    worker = Worker()
     for text in sys.stdin:
-        request = json.loads(text)
-        if "case" in request:
-            step = step_for(Case(**request["case"]))
-        print(cpu_clock(step, request["run"]) if "run" in request else 0.0, flush=True)
+        print(json.dumps(worker.answer(json.loads(text))), flush=True)
 
 
 if __name__ == "__main__":
