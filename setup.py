@@ -61,17 +61,23 @@ class BuildNative(build_ext):
     """Compiles csrc/cpu into xentile/_C_cpu.so, or leaves the package pure Python."""
 
     built = False
+    into_source = False
+
+    def run(self) -> None:
+        """Remember where the library will go, which setuptools hides from `build_extension`."""
+        self.into_source = bool(self.inplace or self.editable_mode)
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build, having removed libraries of an earlier build: a pure Python package must not ship an old one."""
+        """Build, or remove the library of an earlier build: a pure Python package must not ship an old one."""
         output = pathlib.Path(self.get_ext_fullpath(ext.name))
         output.unlink(missing_ok=True)
-        if self.editable_mode:
-            pathlib.Path("src", self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         try:
             self.build_native(pathlib.Path(self.build_temp), output)
             self.built = True
         except (OSError, subprocess.CalledProcessError) as error:
+            if self.into_source:
+                pathlib.Path("src", self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             if os.environ.get("XENTILE_REQUIRE_NATIVE") == "1":
                 raise
             print(f"warning: no native CPU library, plain PyTorch will serve the CPU: {error}", file=sys.stderr)

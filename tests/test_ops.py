@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import xentile as xt
 from xentile._layout import DEFAULT
-from xentile._ops import SCHEMAS, WITHOUT_TENSORS, ops
+from xentile._ops import ops
+from xentile._schemas import SCHEMAS, WITHOUT_TENSORS
 
 # torch 2.13 warns about its own code while it compiles and exports
 pytestmark = [

@@ -11,6 +11,7 @@ import torch
 
 from xentile import _ops
 from xentile._ops import ops
+from xentile._schemas import SCHEMAS, WITHOUT_TENSORS
 from xentile.cache import cli
 
 
@@ -37,8 +38,8 @@ def doctor() -> str:
         "",
         f"{'operator':<28}{'CPU':<16}{'CUDA':<16}other devices",
     ]
-    for name in _ops.SCHEMAS:
-        if name in _ops.WITHOUT_TENSORS:
+    for name in SCHEMAS:
+        if name in WITHOUT_TENSORS:
             continue
         cpu = "C++" if _has(name, "CPU") else "plain PyTorch"
         cuda = "plain PyTorch" if not _has(name, "CUDA") else "Triton"

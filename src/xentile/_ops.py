@@ -107,7 +107,7 @@ def _load_native(path: pathlib.Path) -> str | None:
         return f"the package was installed without a C++ compiler or without torch headers: no {path.name}"
     try:
         if SIGNATURE.encode() not in path.read_bytes():  # looked for in the file: loading it would register its kernels
-            failure = f"{path.name} was built from other sources than this package, and must be built again: see setup.py"
+            failure = f"{path.name} was built from other sources than this package, which must be installed again"
         else:
             torch.ops.load_library(str(path))
             return None

@@ -1,4 +1,4 @@
-"""The reference as operator kernels, with the signatures of the schemas in xentile/_schemas.py: they fill their outputs."""
+"""The reference as operator kernels, with the signatures of the schemas in _schemas.py: they fill their outputs."""
 
 from __future__ import annotations
 
