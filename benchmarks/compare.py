@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -122,10 +123,17 @@ def install(source: Path, site: Path) -> None:
 
 def _output(command: Sequence[str], failure: str, environment: Mapping[str, str] | None = None) -> str:
     """What a command prints; BaseError with the first line that speaks of an error, or the last, if it fails."""
-    done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False)
+    everything = os.environ | (environment or {})
+    try:
+        done = subprocess.run(command, env=everything, capture_output=True, text=True, check=False)
+    except OSError as error:  # no git
+        raise BaseError(f"{failure}: {error}") from error
     if done.returncode:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        error = next((line for line in lines if "error: " in line or "fatal: " in line), lines[-1] if lines else "")
+        said = (
+            line for line in lines if re.search("(error|fatal): (?!subprocess-exited)", line)
+        )  # pip's own says less
+        error = next(said, lines[-1] if lines else "")
         raise BaseError(f"{failure}: {error or f'exit code {done.returncode}'}")
     return done.stdout
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.inputs import make_inputs
 from benchmarks.providers import build, named
@@ -28,19 +30,25 @@ def step_for(case: Case) -> Step:
     return lambda i: STEPS[case.operation](ready[0][1], *inputs[i % 2])
 
 
+def nothing(i: int) -> None:
+    """The step before there is a case."""
+
+
 class Worker:
     """Keeps the step of the case that was asked for last."""
 
     def __init__(self) -> None:
-        self.step: Step | None = None
+        self.step: Step = nothing
+        self.allocator = ExitStack()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
             if "case" in request:
-                self.step = None  # its inputs are freed before the next ones are made
-                self.step = step_for(Case(**request["case"]))
-            if self.step is None:
-                raise RuntimeError("a run was asked for before a case")
+                self.step = nothing  # the inputs of the case before are freed
+                self.allocator.close()
+                case = Case(**request["case"])
+                self.allocator.enter_context(memory.allocator(case.allocator))
+                self.step = step_for(case)
             return {"seconds": cpu_clock(self.step, request.get("run", 0))}
         except Exception as error:  # whatever another commit raises: it is its answer to this case, and no other's
             return {"cannot": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}

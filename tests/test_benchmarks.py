@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import memory, targets, worker
+from benchmarks import memory, targets
 from benchmarks.bytes import moved, roof_steps, roofs
 from benchmarks.cases import ALLOCATORS, CASES, DTYPES, OPERATIONS, Case, select
 from benchmarks.inputs import make_inputs
@@ -221,24 +219,6 @@ def test_spread_holds_the_median_inside_its_interval() -> None:
 def test_a_ratio_is_taken_within_rounds() -> None:
     slow_minute = [1.0, 10.0, 1.0, 10.0, 1.0]
     assert ratio([2 * t for t in slow_minute], slow_minute).median == 2.0
-
-
-# Two commits
-
-
-def test_a_worker_answers_a_case_and_times_its_steps(monkeypatch, capsys) -> None:
-    xentile = pytest.importorskip("xentile")
-    requests = [{"case": asdict(TOPK)}, {"run": 0}, {"run": 1}]
-    monkeypatch.setattr("sys.stdin", [json.dumps(request) for request in requests])
-    worker.main(str(Path(xentile.__file__).parent), str(torch.get_num_threads()))
-    made, first, second = map(float, capsys.readouterr().out.split())
-    assert made == 0.0 < min(first, second)
-
-
-def test_a_worker_refuses_the_xentile_of_the_other_side(tmp_path: Path) -> None:
-    pytest.importorskip("xentile")
-    with pytest.raises(RuntimeError, match="xentile must come from the side's own folder"):
-        worker.main(str(tmp_path), "1")
 
 
 # Memory
