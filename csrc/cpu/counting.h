@@ -10,7 +10,9 @@ using xentile::sketch::Totals;
 
 typedef double VecD __attribute__((vector_size(4 * kLanes), may_alias));
 typedef int64_t VecL __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint64_t VecUL __attribute__((vector_size(4 * kLanes), may_alias));
 typedef float HalfF __attribute__((vector_size(2 * kLanes), may_alias, aligned(4)));
+typedef uint16_t Halves __attribute__((may_alias));
 constexpr int kDoubles = kLanes / 2;
 
 // kDoubles floats (compilers make several instructions of the conversion), and the largest integer that is not above,
@@ -38,89 +40,111 @@ XENTILE_INLINE int64_t total(V v) {
   return (int64_t)sum;
 }
 
-// Sums of the limbs of x and x^2 over a block, where 0 <= x < 2**8. Whole parts are added up as doubles, exactly. What
-// is left is rounded to 2**-28, half to even, by adding kRound: the numbers next to that are multiples of 2**-28, and
-// their bits count the multiples. So the bits are added up, as integers.
-struct LimbSums {
-  VecD sum_hi = {}, square_hi = {}, square_mid = {};
-  VecL sum_lo = {}, square_lo = {};
+// Sums of the limbs of x and x^2 over a block. x is below 2**8, or below 16: then no square has a highest limb; and it is
+// a multiple of 2**-48, so a sum is not rounded. Its limbs are found as floats, and added up as 32-bit integers, of which
+// kGroup fit. Those of a square are found as doubles, which hold it exactly, and added up as bits: a double next to
+// kWhole counts ones in its bits and one next to kRound counts multiples of 2**-28, to which its sum is rounded, half to
+// even.
+template <bool below_16>
+class LimbSums {
+ public:
+  static constexpr int kGroup = 16;
 
-  // below_16: then no square has a highest limb.
-  template <bool below_16>
-  XENTILE_INLINE void add(VecD x) {
-    const VecD sum = x * 0x1p20, whole = floor(sum);  // in units of 2**-20, as the square
-    sum_hi += whole;
-    sum_lo += (VecL)(sum - whole + kRound);
-    VecD square = sum * x;
-    if constexpr (!below_16) {
-      const VecD top = floor(square * 0x1p-28);
-      square_hi += top;
-      square -= top * 0x1p28;
+  // x[0:kGroup * kLanes]; before_each(j) is called in front of the vector at x + j.
+  template <class BeforeEach>
+  XENTILE_INLINE void add(const float* x, BeforeEach before_each) {
+    VecU hi = {}, lo = {};
+    for (int j = 0; j < kGroup * kLanes; j += kLanes) {
+      before_each(j);
+      const VecF sum = load(x + j) * 0x1p20f;  // in units of 2**-20, as the square
+      const VecI whole = __builtin_convertvector(sum, VecI);
+      const VecF rest = sum - __builtin_convertvector(whole, VecF);
+      hi += (VecU)whole;
+      lo += (VecU)__builtin_convertvector(rest * 0x1p28f, VecI);
+      for (int k = 0; k < kLanes; k += kDoubles) add_square(doubles(x + j + k));
     }
-    const VecD mid = floor(square);
-    square_mid += mid;
-    square_lo += (VecL)(square - mid + kRound);
+    sum_hi_ += pairs(hi), sum_lo_ += pairs(lo);
   }
 
   void add_to(Totals* totals) const {
-    const VecL surplus = (VecL)(VecD{} + kRound) * (kCountBlock / kDoubles);
-    totals->sum_hi += total(sum_hi);
-    totals->sum_lo += total(sum_lo - surplus);
-    totals->square_hi += total(square_hi);
-    totals->square_mid += total(square_mid);
-    totals->square_lo += total(square_lo - surplus);
+    const uint64_t whole = bits_of(kWhole);
+    const int64_t hi = total(square_hi_) - (below_16 ? 0 : kCountBlock * (whole >> 28));
+    totals->sum_hi += total(sum_hi_);
+    totals->sum_lo += total(sum_lo_);
+    totals->square_hi += hi;
+    totals->square_mid += total(square_whole_) - kCountBlock * whole - (hi << 28);
+    totals->square_lo += total(square_lo_) - kCountBlock * bits_of(kRound);
   }
 
  private:
-  static constexpr double kRound = 0x1.8p24;
+  static constexpr double kWhole = 0x1p52, kRound = 0x1.8p24;
+
+  static uint64_t bits_of(double x) { return ((VecUL)(VecD{} + x))[0]; }
+  static VecUL pairs(VecU v) { return ((VecUL)v & UINT32_MAX) + ((VecUL)v >> 32); }
+
+  XENTILE_INLINE void add_square(VecD x) {
+    const VecD square = x * 0x1p20 * x, whole = floor(square);
+    const VecUL counted = (VecUL)(whole + kWhole);
+    square_whole_ += counted;
+    if constexpr (!below_16) square_hi_ += counted >> 28;
+    square_lo_ += (VecUL)(square - whole + kRound);
+  }
+
+  VecUL sum_hi_ = {}, sum_lo_ = {}, square_hi_ = {}, square_whole_ = {}, square_lo_ = {};
 };
 
-// Raises the counts of bin[0:kCountBlock] and adds up x[0:kCountBlock].
-template <bool below_16>
-void add_block(const uint32_t* bin, const float* x, uint32_t* histogram, Totals* totals) {
-  LimbSums sums;
-  for (int j = 0; j < kCountBlock; j += kLanes) {
-    // Scalar and vector instructions of one iteration fill different parts of the processor.
-    for (int k = 0; k < kLanes; k++) histogram[bin[j + k]]++;
-    for (int k = 0; k < kLanes; k += kDoubles) sums.add<below_16>(doubles(x + j + k));
+// The counters of values that are all in bins, if a bin is the high half of their bits.
+struct HighHalves {
+  static constexpr int kShift = 16;
+  const Halves* bits;
+  int64_t first_key;
+  XENTILE_INLINE int64_t operator[](int j) const {
+    return bits[2 * j + (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)] - first_key;
+  }
+};
+
+// Raises the counters of x[0:kCountBlock], and adds up x. The caller goes on at `next`.
+template <bool below_16, class Counters>
+void add_block(Counters counter, const float* x, const float* next, uint32_t* histogram, Totals* totals) {
+  constexpr int step = LimbSums<below_16>::kGroup * kLanes, line = 16;
+  LimbSums<below_16> sums;
+  for (int i = 0; i < kCountBlock; i += step) {
+    sums.add(x + i, [&](int j) XENTILE_LAMBDA {
+      // Two blocks ahead: reading the next one for its extremes would wait for memory.
+      if (j % line == 0) __builtin_prefetch(next + kCountBlock + i + j);
+      // Scalar and vector instructions fill different parts of the processor.
+      for (int k = 0; k < kLanes; k++) histogram[counter[i + j + k]]++;
+    });
   }
   sums.add_to(totals);
 }
 
-template <bool largest>
-XENTILE_INLINE int32_t extreme(VecI v) {
-  int32_t found = v[0];
-  for (int k = 1; k < kLanes; k++) found = (v[k] > found) == largest ? v[k] : found;
-  return found;
-}
-
-// The bins of a block and what is to be added up, with the smallest and the largest bits of that: positive floats are
+// Counters of a block and what is to be added up, with the smallest and the largest bits of that: positive floats are
 // ordered as their bits.
 struct Block {
-  alignas(64) uint32_t bin[kCountBlock];
+  alignas(64) uint32_t counter[kCountBlock];
   alignas(64) float kept[kCountBlock];
   int32_t low, high;
 };
 
-// If all values are in bins, their bins; false if they are not. Nearly all blocks are done by this.
-XENTILE_INLINE bool find_bins(const float* x, int shift, int first_key, int bins, Block* block) {
-  const VecU last_bin = VecU{} + (uint32_t)(bins - 1);
-  VecI outside = {}, smallest = VecI{} + INT32_MAX, largest = {};
+// The extremes of a block, and whether all its values are in bins that are high halves: nearly always.
+XENTILE_INLINE bool find_extremes(const float* x, int first_key, int bins, Block* block) {
+  VecU smallest = VecU{} + UINT32_MAX, largest = {};  // a negative value has larger bits than a positive one
   for (int j = 0; j < kCountBlock; j += kLanes) {
-    const VecI bits = (VecI)load(x + j), b = (bits >> shift) - first_key;
-    outside |= (VecU)b > last_bin;
+    const VecU bits = (VecU)load(x + j);
     smallest = bits < smallest ? bits : smallest;
     largest = bits > largest ? bits : largest;
-    *reinterpret_cast<VecI*>(block->bin + j) = b;
   }
-  block->low = extreme<false>(smallest), block->high = extreme<true>(largest);
-  return total(outside) == 0;
+  const uint32_t low = horizontal(smallest, kSmaller), high = horizontal(largest, kLarger);
+  block->low = (int32_t)low, block->high = (int32_t)high;
+  return low >= (uint32_t)first_key << HighHalves::kShift && high < (uint32_t)(first_key + bins) << HighHalves::kShift;
 }
 
 // Of a block with any values; 0 is kept of those that are not counted.
 BlockCount sort_out(const float* x, int shift, int first_key, int bins, Block* block) {
   const VecI nowhere = lane_index() + bins;  // a counter each, because the next increment of the same one has to wait
   const VecU first_bits = VecU{} + ((uint32_t)first_key << shift), last_bin = VecU{} + (uint32_t)(bins - 1);
+  constexpr float unit = 0x1p-25f;  // all floats from here on are multiples of 2**-48
   VecI below = {}, others = {}, smallest = VecI{} + INT32_MAX, largest = {};
   for (int j = 0; j < kCountBlock; j += kLanes) {
     const VecI bits = (VecI)load(x + j), b = (bits >> shift) - first_key;
@@ -130,10 +154,10 @@ BlockCount sort_out(const float* x, int shift, int first_key, int bins, Block* b
     others -= other;
     smallest = lowest < smallest ? lowest : smallest;
     largest = kept > largest ? kept : largest;
-    *reinterpret_cast<VecI*>(block->bin + j) = outside ? nowhere : b;
-    store(block->kept + j, (VecF)kept);
+    *reinterpret_cast<VecI*>(block->counter + j) = outside ? nowhere : b;
+    store(block->kept + j, select((VecF)kept < unit, (VecF)kept + unit - unit, (VecF)kept));
   }
-  block->low = extreme<false>(smallest), block->high = extreme<true>(largest);
+  block->low = horizontal(smallest, kSmaller), block->high = horizontal(largest, kLarger);
   return {(int)total(below), (int)total(others)};
 }
 
@@ -141,12 +165,18 @@ BlockCount sort_out(const float* x, int shift, int first_key, int bins, Block* b
 BlockCount count(const float* x, int shift, int first_key, int bins, uint32_t* histogram, Totals* totals) {
   Block block;
   BlockCount outside = {};
-  if (!find_bins(x, shift, first_key, bins, &block)) {
+  const float* next = x + kCountBlock;
+  const auto add = [&](auto counter, const float* kept) {
+    constexpr int32_t bits_of_16 = 0x41800000;
+    (block.high < bits_of_16 ? add_block<true, decltype(counter)> : add_block<false, decltype(counter)>)(
+        counter, kept, next, histogram, totals);
+  };
+  if (shift == HighHalves::kShift && find_extremes(x, first_key, bins, &block)) {
+    add(HighHalves{reinterpret_cast<const Halves*>(x), first_key}, x);
+  } else {
     outside = sort_out(x, shift, first_key, bins, &block);
-    x = block.kept;
+    add(block.counter, block.kept);
   }
-  constexpr int32_t bits_of_16 = 0x41800000;
-  (block.high < bits_of_16 ? add_block<true> : add_block<false>)(block.bin, x, histogram, totals);
   if (outside.others < kCountBlock) {
     const int64_t max_key = block.high + (INT64_C(1) << 31) + 1, min_key = (INT64_C(1) << 31) - block.low;
     totals->max_key = max_key > totals->max_key ? max_key : totals->max_key;
