@@ -50,6 +50,7 @@ def many_values() -> dict[str, torch.Tensor]:
         "edges": edges_and_neighbours().repeat(6),
         "any bits": patterns,
         "below the bins": torch.exp(torch.randn(70_000) * 4 - 16),
+        "halves of the last digit of a sum": (torch.arange(70_000) + 0.5) * 2.0**-48,
         "few outside": torch.cat([torch.rand(70_000) + 0.5, extreme]),
         "half outside": torch.cat([torch.rand(40_000) * 20, extreme.repeat(4000)]),
         "none inside": extreme[2:].repeat(9000),
@@ -66,6 +67,19 @@ def test_many_values_are_counted_like_the_reference(name: str, masked: bool, dev
     reference.sketch_update(values, mask, None, None, expected, 1)
     sketch = xt.LossSketch(device)
     sketch.update(values.to(device), None if mask is None else mask.to(device))
+    assert torch.equal(sketch.state.cpu(), expected)
+
+
+@pytest.mark.parametrize("precision", [1, 5, 7, 10])
+@pytest.mark.parametrize("n", [100, 2048, 5000, 40_000])
+def test_few_or_many_values_of_any_precision_are_counted_like_the_reference(
+    n: int, precision: int, device: torch.device
+) -> None:
+    values = torch.exp(torch.randn(n) * 2)
+    sketch = xt.LossSketch(device, precision=precision)
+    expected = torch.zeros(sketch.state.shape, dtype=torch.int64)
+    reference.sketch_update(values, None, None, None, expected, 1)
+    sketch.update(values.to(device))
     assert torch.equal(sketch.state.cpu(), expected)
 
 
