@@ -130,11 +130,9 @@ def _output(command: Sequence[str], failure: str, environment: Mapping[str, str]
         raise BaseError(f"{failure}: {error}") from error
     if done.returncode:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        said = (
-            line for line in lines if re.search("(error|fatal): (?!subprocess-exited)", line)
-        )  # pip's own says less
-        error = next(said, lines[-1] if lines else "")
-        raise BaseError(f"{failure}: {error or f'exit code {done.returncode}'}")
+        # "subprocess-exited-with-error" is pip's own, and says less
+        errors = [line for line in lines if re.search("(error|fatal): (?!subprocess-exited)", line)] or lines[-1:]
+        raise BaseError(f"{failure}: {errors[0] if errors else f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -20,11 +20,15 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
 
 
+def rows_of(path: Path) -> list[Row]:
+    """All rows of a file, in stored order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def load(folder: Path = RESULTS) -> list[Row]:
     """The newest row of each (device, case, provider), in stored order of first appearance."""
     newest: dict[tuple[str, str, str], Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in rows_of(path):
             newest[row["device"], row["case"], row["provider"]] = row
     return list(newest.values())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +17,7 @@ from benchmarks.bytes import moved, roof_steps, roofs
 from benchmarks.cases import ALLOCATORS, CASES, DTYPES, OPERATIONS, Case, select
 from benchmarks.inputs import make_inputs
 from benchmarks.measure import Plan, measure
-from benchmarks.provenance import slug
+from benchmarks.provenance import REPOSITORY, slug
 from benchmarks.providers import build, named
 from benchmarks.run import line, main
 from benchmarks.step import training
@@ -47,6 +50,48 @@ def test_ci_cases_are_small() -> None:
 @pytest.mark.parametrize("issue", targets.TARGETS)
 def test_every_target_of_an_issue_has_its_case_in_the_run_of_that_issue(issue: str) -> None:
     assert {target.case for target in targets.TARGETS[issue]} <= {case.name for case in select(issue)}
+
+
+def test_the_gpu_run_ends_with_the_cases_that_no_target_needs() -> None:
+    needed = {target.case for target in targets.TARGETS["gpu"]}
+    assert [case.operation for case in select("gpu")[-4:] if case.name not in needed] == [
+        "teacher_topk",
+        "distillation",
+        "forward",
+        "training",
+    ]
+
+
+def test_the_percentile_targets_of_a_gpu_are_measured_by_the_suite_of_percentiles() -> None:
+    pytest.importorskip("xentile")
+    from benchmarks.quantile import COMPARISONS
+
+    goals = {(c.operation, c.values): c.goal for c in COMPARISONS if c.device == "cuda"}
+    assert goals == {("sketch update", 2**24): 45e-6, ("exact, 5 quantiles", 2**24): 8}
+
+
+@pytest.mark.parametrize(("operation", "verdict"), [("forward", ">= 92% MISSED"), ("training", ">= 88% met")])
+def test_a_gpu_target_is_a_fraction_of_the_copy_measured_in_the_same_rounds(operation: str, verdict: str) -> None:
+    case = f"llama3-8b/8192/bfloat16/{operation}"
+    row = {"case": case, "provider": "xentile", "status": "measured", "seconds": {"median": 1.4e-3}}
+    row |= {"bytes_per_second": 2.7e12, "roofs": {"copy": 3e12, "read": 3.5e12}}
+    report = [" ".join(line.split()) for line in targets.report("gpu", [row]).splitlines()]
+    assert f"bfloat16, {operation}, 8192 x 128256: of copy_ 90.00% {verdict}" in report
+
+
+def test_the_targets_of_a_stored_run_are_printed_from_its_file(tmp_path, capsys) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    targets.main(str(rows), "gpu")
+    assert capsys.readouterr().out.count("not measured") == len(targets.TARGETS["gpu"])
+
+
+def test_the_gpu_script_stops_with_one_line_where_no_gpu_can_be_seen(tmp_path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(REPOSITORY / "benchmarks" / "gpu.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu.sh needs a GPU that torch can see, there is none\n"
 
 
 def test_several_tags_choose_the_cases_of_each() -> None:
