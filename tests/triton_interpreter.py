@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton_36
-from ptx.operators import PLAIN, Inputs, Options, Outputs, assert_exact, backward, exact, forward
+from ptx.operators import PLAIN, Inputs, Options, Outputs, assert_exact, backward, exact, forward, steep_inputs
 
 from xentile import _layout as layout
 from xentile._triton import cross_entropy as triton_cross_entropy
@@ -105,6 +105,36 @@ class TestRows:
         assert outputs.token_loss.isnan().all()
         assert outputs.lse.isnan().all()
         assert int(outputs.sketch[0, layout.NAN]) == 4
+
+    @LAUNCHES
+    @pytest.mark.parametrize("scale", [1.0, 0.75])
+    def test_logits_too_large_for_distances(self, scale: float, rows: Rows | None) -> None:
+        inputs, options = steep_inputs(131), PLAIN._replace(logit_scale=scale)
+        outputs = run(inputs, options, rows)
+        assert_exact(inputs, options, outputs)
+        assert torch.equal(run_backward(torch.tensor(1.0), inputs, outputs, options, rows), outputs.dlogits)
+
+    @LAUNCHES
+    def test_smoothing_over_logits_too_large_for_distances(self, rows: Rows | None) -> None:
+        inputs = weighted(steep_inputs(131), groups=1)
+        inputs = inputs._replace(logits=inputs.logits.clamp(-1e20, 1e20))  # above, the sum of distances overflows
+        options = PLAIN._replace(label_smoothing=0.1, reduction=NONE)
+        assert_exact(inputs, options, run(inputs, options, rows, gradient=False))
+
+    @LAUNCHES
+    def test_a_nan_is_not_lost_among_logits_too_large_for_distances(self, rows: Rows | None) -> None:
+        inputs = steep_inputs(131)
+        inputs.logits[:, 50] = torch.nan
+        assert run(inputs, rows=rows, gradient=False).token_loss.isnan().all()
+
+    @LAUNCHES
+    def test_row_max_is_that_of_the_reference(self, rows: Rows | None) -> None:
+        inputs = sample(6, 131)
+        inputs.target[:] = 3
+        inputs.logits[0, 50], inputs.logits[1, 3], inputs.logits[2] = torch.nan, torch.nan, torch.nan
+        inputs.logits[3], inputs.logits[4, 50] = -torch.inf, torch.inf
+        wanted = exact(inputs).row_max.float()
+        assert torch.equal(run(inputs, rows=rows, gradient=False).row_max.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
     @LAUNCHES
     def test_ignored_rows_do_not_poison(self, rows: Rows | None) -> None:

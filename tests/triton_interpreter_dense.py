@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_36
 from ptx.dense_operators import (
     Inputs,
     Options,
@@ -36,6 +37,11 @@ NONE = layout.REDUCTIONS.index("none")
 
 # numpy's warnings, about the infinities and NaN that are tested
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def interpreter_of_any_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_36.mend(monkeypatch)
 
 
 def run(inputs: Inputs, options: Options, choice: Rows | None = TILES, **others: Any) -> Outputs:
@@ -119,6 +125,16 @@ class TestRows:
     def test_formats_may_differ(self, dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
         options = Options.of(**MIXED)
         inputs = random_inputs(2, 43, dtype, teacher_dtype)
+        assert_exact(inputs, options, run(inputs, options))
+
+    @pytest.mark.parametrize("masked", [-1e10, -1e30])
+    def test_whole_groups_of_masked_columns_count_nothing(self, masked: float) -> None:
+        options = Options.of("forward_kl", **MIXED)
+        inputs = random_inputs(2, 131)
+        inputs.logits[:, 20:90] = masked
+        inputs.teacher_logits[:, 20:100] = masked
+        assert inputs.target is not None
+        inputs.target[:] = 9
         assert_exact(inputs, options, run(inputs, options))
 
     def test_a_divergence_of_1e_13_keeps_its_digits(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import triton_36
 from ptx.teacher_operators import assert_exact, awkward_logits, exact, forward
 
 from xentile._triton import teacher_topk
@@ -27,6 +28,11 @@ INFINITE = ("random", "few possible", "impossible", "infinite")
 
 # numpy's warnings, about the infinities and NaN that are tested
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def interpreter_of_any_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_36.mend(monkeypatch)
 
 
 def run(logits: Tensor, k: int, *options: Any, rows: Rows | None = TILES) -> TeacherTopK:

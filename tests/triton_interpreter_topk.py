@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_36
 from ptx.topk_inputs import awkward_inputs, random_inputs, weighted
 from ptx.topk_operators import Inputs, Options, Outputs, assert_exact, assert_gradient, backward, exact, forward
 from torch import Tensor
@@ -31,6 +32,11 @@ MIXED: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.5}
 
 # numpy's warnings, about the infinities and NaN that are tested
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def interpreter_of_any_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_36.mend(monkeypatch)
 
 
 def run(inputs: Inputs, options: Options, rows: Rows | None = TILES, **choices: Any) -> Outputs:
@@ -119,6 +125,16 @@ class TestRows:
         actual = run(inputs, options)
         assert_exact(inputs, options, actual)
         assert (actual.kd_loss.double() / mass - 1).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("masked", [-1e10, -3e38])
+    def test_whole_groups_of_masked_columns_count_nothing(self, masked: float) -> None:
+        options = Options.of("tail_bucket", "forward_kl", **MIXED)
+        inputs = random_inputs(2, 131, 7, options=options)
+        inputs.logits[0, 32:] = masked
+        inputs.logits[1, 20:90] = masked
+        assert inputs.target is not None
+        inputs.ids[:], inputs.target[:] = torch.arange(7), 9
+        assert_exact(inputs, options, run(inputs, options))
 
     def test_a_divergence_of_nearly_equal_distributions_keeps_its_digits(self) -> None:
         options = Options.of("renormalized")

@@ -48,6 +48,21 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
+def steep_inputs(size: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Rows of logits so large that float32 has no digits for their distances. `size` is 40 or more."""
+    rows = []
+    for large in (1.2e9, 3e9, 1e20, 3e38):
+        one, tied, below, equal, masked = torch.randn(5, size, dtype=torch.float64).unbind()
+        one[3] = large  # the target
+        tied[[3, 9, size - 1]] = large
+        below[size // 2] = large
+        equal[:] = -large
+        masked[8:40] = -large  # whole groups, and whole tiles of small ones
+        rows += [one, tied, below, equal, masked]
+    logits = torch.stack(rows).to(dtype)
+    return Inputs(logits, torch.full((len(rows),), 3))
+
+
 @dataclass
 class Outputs:
     loss: Tensor

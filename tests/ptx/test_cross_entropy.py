@@ -26,6 +26,7 @@ from .operators import (
     backward,
     exact,
     forward,
+    steep_inputs,
 )
 
 MEAN, SUM, NONE = (layout.REDUCTIONS.index(name) for name in ("mean", "sum", "none"))
@@ -136,6 +137,13 @@ def test_awkward_rows(dtype: torch.dtype, size: int) -> None:
         assert gradient is not None
         gradient[undefined] = 0.0
     assert_exact(inputs, PLAIN, outputs, wanted=wanted)
+
+
+@pytest.mark.parametrize("size", SIZES[-3:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_too_large_for_distances(dtype: torch.dtype, size: int) -> None:
+    inputs = steep_inputs(size, dtype)
+    assert_exact(inputs, PLAIN, run(90, inputs).outputs)
 
 
 @pytest.mark.parametrize("size", [1000, 5003, 50257])

@@ -18,7 +18,7 @@ Implementation = Callable[..., None]
 
 
 class Inputs(NamedTuple):
-    """logits (N, V), a canonical support (N, K) with its tail (N,); the rest as in the schemas of xentile/_schemas.py."""
+    """logits (N, V), a canonical support (N, K) with its tail (N,); the rest as in xentile/_schemas.py."""
 
     logits: Tensor
     ids: Tensor

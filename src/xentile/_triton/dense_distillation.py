@@ -223,10 +223,10 @@ def forward_rows(logits: Tensor, teacher_logits: Tensor, divergence: str, device
     """How the rows of two tensors are launched."""
     n, v = logits.shape
     threads, share = 1024, _share(logits, teacher_logits)
+    if divergence != "forward_kl":
+        threads = 512  # 1024 have 64 registers each, which reverse_kl of a softcap is a few too many for
     if divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
-        # The logarithms of a mixture, of 16 columns at once, fit neither in the 64 registers that each of 1024 threads
-        # has nor in the 128 of 512.
-        threads, share = 512, 8
+        share = 8  # the logarithms of a mixture, of 16 columns at once, don't fit in 128 registers either
     if n >= device.processors:
         # As many rows at once as the cache has room for, which is what `launch.forward` counts: here of two tensors,
         # and also without a gradient, because they are read twice then.

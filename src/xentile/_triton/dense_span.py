@@ -13,7 +13,7 @@ if the other's boundaries are elsewhere, its loads are narrow ones, of what the 
 import triton
 import triton.language as tl
 
-from xentile._triton.row import HUGE, LN2, LOG2E, difference, power, slope, transform
+from xentile._triton.row import HUGE, LN2, LOG2E, STEEP, difference, power, slope, transform
 from xentile._triton.span import cut, edges, groups_before, tile
 from xentile._triton.topk_divergence import divergence, log1p
 from xentile._triton.topk_span import lost_in, reference_of
@@ -59,7 +59,9 @@ def fold(m, state, state_1, x, valid, c, logit_scale, softcap, TRANSFORM: tl.con
 
 @triton.jit
 def join_slots(state, z, valid, top, c):
-    """The sum over all columns but the largest of exp((z_j - top) * c), from the slots' state and the edges' z."""
+    """The sum over all columns but the largest of exp((z_j - top) * c), from the slots' state and the edges' z. NaN
+    where |top * c| is beyond STEEP: there float32 has no digits left for what is between two logits.
+    """
     b, tops, others = state
     b_top = reference_of(top, c)
     step, lost = difference(b, b_top)
@@ -68,7 +70,7 @@ def join_slots(state, z, valid, top, c):
     e = tl.where(valid, tl.exp2(tl.fma(z, c, -b_top)), 0.0)
     top_edges, others_edges = tl.reduce((e, tl.zeros_like(e)), 0, join)
     _, total = join(top_slots, others_slots, top_edges, others_edges)
-    return total * tl.exp2(lost_in(b_top, top, c))
+    return tl.where(top * c < -STEEP, float("nan"), total * tl.exp2(lost_in(b_top, top, c)))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from xentile._triton.epilogue import (
     read_weights,
     write_row,
 )
-from xentile._triton.row import HUGE, LOG2E, coefficients, difference, power, slope, transform
+from xentile._triton.row import LOG2E, STEEP, coefficients, difference, is_steep, power, slope, transform
 from xentile._triton.span import (
     cut,
     empty_state,
@@ -162,17 +162,21 @@ def combine_kernel(
     rest = tl.load(partial + 1, mask=here, other=0.0)
     x_max = tl.max(m, 0)
     # The parts are relative to their exact maxima, so their distance is taken before the product with log2(e).
-    top = tl.maximum(transform(x_max, logit_scale, softcap, TRANSFORM), -HUGE)
-    nats, lost = difference(top, tl.maximum(transform(m, logit_scale, softcap, TRANSFORM), -HUGE))
+    z = transform(m, logit_scale, softcap, TRANSFORM)
+    top = transform(x_max, logit_scale, softcap, TRANSFORM)
+    nats, lost = difference(tl.maximum(top, -2 * STEEP), tl.maximum(z, -2 * STEEP))
     step = nats * LOG2E
     rescale = power(-step, -(tl.fma(nats, LOG2E, -step) + lost * LOG2E))
+    rescale = tl.where(is_steep(top), (z == top).to(tl.float32), rescale)
     gap = 0.0
     if entropy_ptr is not None:
         gap = tl.sum(rescale * (tl.load(partial + 2, mask=here, other=0.0) + step * rest), 0)
+        gap = tl.where(is_steep(top), 0.0, gap)
     deficit = 0.0
     if SMOOTH:
         seen = tl.load(partial + 4, mask=here, other=0.0)
-        deficit = tl.sum(tl.load(partial + 3, mask=here, other=0.0) + step * seen, 0)
+        below = tl.where(seen > 0.0, top - z, 0.0) * LOG2E  # a part may be empty
+        deficit = tl.sum(tl.load(partial + 3, mask=here, other=0.0) + below * seen, 0)
     ahead = 0
     if rank_ptr is not None:
         ahead = tl.sum(tl.load(partial + 6, mask=here, other=0.0).to(tl.int32, bitcast=True), 0)

@@ -6,7 +6,7 @@ large numbers.
 
 exp(z - reference) is exp2(fma(z, log2(e), -b)), one instruction before the exponential. The reference b is *defined*
 as the rounded product of the maximum and log2(e), so its rounding costs no accuracy: `residue` accounts for it, once
-a row.
+a row. Of a maximum beyond STEEP that rounding would be too large; but of such a row only the maxima themselves count.
 """
 
 import triton
@@ -14,7 +14,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-HUGE = tl.constexpr(1e38)  # |z| beyond it counts as infinite: b must be finite
+HUGE = tl.constexpr(1e38)  # |z / T| beyond it counts as infinite in distillation
+STEEP = tl.constexpr(2.0**30)  # float32 numbers beyond it are 128 or more apart, so all but the largest have no mass
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -67,14 +68,29 @@ def slope(z, logit_scale, softcap, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def reference_of(m):
-    """The b that stands for a maximum m; finite also for -inf, so that no inf - inf arises."""
-    return tl.maximum(m, -HUGE) * LOG2E
+    """The b that stands for a maximum m; from -STEEP on, so that no inf - inf arises and no exponential is large."""
+    return tl.maximum(m, -STEEP) * LOG2E
 
 
 @triton.jit
 def residue(m, b):
-    """B - m * log2(e) without rounding the product, for b = reference_of(m); 0 where m is not finite."""
-    return tl.where(tl.abs(m) < HUGE, tl.fma(-m, LOG2E, b), 0.0)
+    """B - m * log2(e) without rounding the product, for b = reference_of(m); 0 where m is steep or not finite."""
+    return tl.where(tl.abs(m) <= STEEP, tl.fma(-m, LOG2E, b), 0.0)
+
+
+@triton.jit
+def is_steep(m):
+    """Whether a row with the maximum m is one of those of which only the maxima count."""
+    return (tl.abs(m) > STEEP) & (tl.abs(m) < INFINITY)
+
+
+@triton.jit
+def scale_of(m):
+    """(c, b) of e_j = exp2(fma(z_j, c, -b)) for a row with the maximum m. Of a steep row c is 1, and so e_j is 1 for
+    a maximum and 2^-128 at most for the others.
+    """
+    steep = is_steep(m)
+    return tl.where(steep, 1.0, LOG2E), tl.where(steep, m, reference_of(m))
 
 
 @triton.jit
@@ -104,19 +120,19 @@ def row_terms(m, z_t, rest, gap):
     # The target is the maximum: total = 1 + rest, and the quotient undoes the rounding of that sum.
     precise = tl.where(total == 1.0, rest, log_s * (rest / (total - 1.0)))
     log_s = tl.where(z_t == m, precise, log_s)
-    log_s = tl.where(tl.abs(m) < HUGE, log_s, float("nan"))
+    log_s = tl.where(tl.abs(m) < INFINITY, log_s, float("nan"))
     entropy = log_s + (gap * LN2 + tl.where(e_t > 0.0, e_t * below, 0.0)) / total
     return tl.where(z_t == m, log_s, below + log_s), log_s, total, entropy
 
 
 @triton.jit
 def coefficients(g, weights, slope_t, ce, m, total, V, label_smoothing, z_loss, logit_scale, SMOOTH: tl.constexpr):
-    """((b, a, k), at_target): dx_j = (a * exp2(fma(z_j, log2(e), -b)) - k * w_j) * slope_j, and dx_t = at_target.
+    """((c, b, a, k), at_target): dx_j = (a * exp2(fma(z_j, c, -b)) - k * w_j) * slope_j, and dx_t = at_target.
 
     g: dloss / denominator. weights: (w_t, sum of w, token weight). 1 - p_t comes from CE, not from S - exp(z_t - m).
     """
     w_t, w_sum, token_weight = weights
-    b = reference_of(m)
+    c, b = scale_of(m)
     hard = (1.0 - label_smoothing) * w_t
     z_term = tl.where(z_loss == 0.0, 0.0, 2.0 * z_loss * (m + tl.log(total)))
     p_t = exp(-ce)
@@ -129,13 +145,14 @@ def coefficients(g, weights, slope_t, ce, m, total, V, label_smoothing, z_loss, 
         at_target += smooth * (w_sum * p_t - w_t)
         k = g * token_weight * logit_scale * smooth
     g = g * token_weight * logit_scale
-    return (b, g * a * (tl.exp2(residue(m, b)) / total), k), g * at_target * slope_t
+    return (c, b, g * a * (tl.exp2(residue(m, b)) / total), k), g * at_target * slope_t
 
 
 @triton.jit
-def gradient(z, w, b, a, k, slope_z, SMOOTH: tl.constexpr):
+def gradient(z, w, scales, slope_z, SMOOTH: tl.constexpr):
     """Dx at a column other than the target; see `coefficients`."""
-    dx = tl.exp2(tl.fma(z, LOG2E, -b)) * a
+    c, b, a, k = scales
+    dx = tl.exp2(tl.fma(z, c, -b)) * a
     if SMOOTH:
         dx -= k * w
     return dx * slope_z

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from xentile._triton.epilogue import UNSPECIALIZED, read_divisor, read_logit, read_target, read_weights, write_row
-from xentile._triton.row import LOG2E, coefficients, reference_of, residue, slope, transform
+from xentile._triton.row import LOG2E, coefficients, is_steep, residue, scale_of, slope, transform
 from xentile._triton.span import load_weight, write_tile
 
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -80,10 +80,10 @@ def reduce_rows(
     group_max = tl.max(x, 3, keep_dims=True)
     x_max = over_row(group_max, "max")
     top = transform(x_max, logit_scale, softcap, TRANSFORM)
-    b = reference_of(top)
+    c, b = scale_of(top)
     shift = residue(top, b)
     scale = tl.exp2(shift)
-    arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), LOG2E, -across(b))
+    arg = tl.fma(transform(x, logit_scale, softcap, TRANSFORM), across(c), -across(b))
     if TRANSFORM == "softcap":  # which makes -softcap of the -inf outside
         arg = tl.where(inside, arg, float("-inf"))
     e = tl.exp2(arg)
@@ -92,7 +92,7 @@ def reduce_rows(
     counts = group != target_group
     own = target_group == target_group // LANES * LANES + tl.arange(0, LANES)[None, None, :, None]
     near, near_x = read_again(x_row, tl.broadcast_to(target_group, own.shape), own & across(t >= 0), VEC)
-    near_arg = tl.fma(transform(near_x, logit_scale, softcap, TRANSFORM), LOG2E, -across(b))
+    near_arg = tl.fma(transform(near_x, logit_scale, softcap, TRANSFORM), across(c), -across(b))
     near_e = tl.where(own & across(t >= 0) & (near != across(t)), tl.exp2(near_arg), 0.0)
     rest = over_row(tl.where(counts, tl.sum(e, 3, keep_dims=True), 0.0), "sum") + over_row(near_e, "sum")
     gap = 0.0
@@ -104,6 +104,7 @@ def reduce_rows(
     deficit = 0.0
     if SMOOTH:
         deficit = over_row(tl.where(inside, -arg * w, 0.0), "sum") - shift * over_row(w, "sum")
+        deficit *= tl.where(is_steep(top), LOG2E, 1.0)
     ahead = 0
     if RANK:
         before = (x > across(x_t)) | ((x == across(x_t)) & (columns < across(t)))
@@ -117,9 +118,9 @@ def write_rows(
     TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of the tile x to the pointers `out`; zeros in rows without a target."""
-    b, a, k = scales
+    c, b, a, k = scales
     tl.debug_barrier()  # in place: no thread may still be reading the rows
-    scales = across(b), across(a), across(k) if SMOOTH else k
+    scales = across(c), across(b), across(a), across(k) if SMOOTH else k
     live = inside & across(in_range)
     write_tile(out, x, w, live, scales, logit_scale, softcap, "evict_first", TRANSFORM, SMOOTH)
     # Zeros by stores of their own: that is cheaper than to choose between zero and each element.

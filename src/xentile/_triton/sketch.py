@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 HEAVIEST = tl.constexpr(2.0**40)  # more of a weight, in units, is not counted: 2^23 such values fit in an int64
 TILE = 4096
+"""Values a program takes at once; half as many if each has an amount and a place of its own, in registers."""
 PRIVATE_FROM = 1 << 18
 """Values from which on programs count in shared memory first. Below, their own histograms would have more bins than
 values.
@@ -100,6 +101,7 @@ def sketch_update(
         return
     device = launch.device_of(values)
     grouped = group_ids is not None and groups > 1
+    tile = TILE if weights is None and not grouped else TILE // 2
     arguments = {
         "value_ptr": values,
         "mask_ptr": mask,
@@ -113,10 +115,10 @@ def sketch_update(
         "GROUPED": grouped,
         "BITS": layout.Layout.of_width(sketch.shape[1]).mantissa_bits,
         "COLUMNS": triton.next_power_of_2(sketch.shape[1] + 1),
-        "BLOCK": TILE,
+        "BLOCK": tile,
     }
     with launch.guard(values):
-        programs = min(triton.cdiv(n, TILE), 2 * device.processors)
+        programs = min(triton.cdiv(n, tile), 2 * device.processors)
         launch.run(update_kernel, (programs,), arguments, 256, device)
 
 

@@ -13,7 +13,17 @@ by one formula, and over the target's after a barrier.
 import triton
 import triton.language as tl
 
-from xentile._triton.row import LOG2E, difference, gradient, power, reference_of, residue, slope, transform
+from xentile._triton.row import (
+    LOG2E,
+    difference,
+    gradient,
+    is_steep,
+    power,
+    reference_of,
+    residue,
+    slope,
+    transform,
+)
 
 
 @triton.jit
@@ -161,11 +171,39 @@ def finish_span(
         seen_all = tl.sum(seen, 0) + tl.sum(w, 0)
         deficit_all = tl.sum(deficit - seen * step, 0) + tl.sum(tl.where(valid & is_edge, -arg * w, 0.0), 0)
         deficit_all -= shift * seen_all
+    if is_steep(top):
+        rest_all, deficit_all = finish_steep(
+            row, weight, first, last, with_edges, head, body, V, t, top, logit_scale, softcap,
+            2 * VEC, TRANSFORM, SMOOTH,
+        )  # fmt: skip
+        gap_all = 0.0 * rest_all
     ahead_all = 0
     if RANK:
         before = valid & ((x > x_t) | ((x == x_t) & (columns < t)))
         ahead_all = tl.sum(ahead, 0) + tl.sum(before.to(tl.int32), 0)
     return x_max, rest_all * tl.exp2(shift), gap_all, deficit_all, seen_all, argmax, ahead_all
+
+
+@triton.jit
+def finish_steep(
+    row, weight, first, last, with_edges, head, body, V, t, top, logit_scale, softcap,
+    WIDTH: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """(rest, deficit) of a span whose maximum `top` is steep, see row.py: it is read again to count the maxima."""
+    rest = tl.zeros([WIDTH], tl.float32)
+    deficit = tl.zeros([WIDTH], tl.float32)
+    for k in range(0, V, WIDTH):
+        columns = k + tl.arange(0, WIDTH)
+        wanted = (columns < head * with_edges) | ((columns >= head + body) & (columns < V * with_edges))
+        wanted |= (columns >= head + first) & (columns < head + last)
+        x = tl.load(row + columns, mask=wanted, other=float("-inf")).to(tl.float32)
+        z = transform(x, logit_scale, softcap, TRANSFORM)
+        is_top = tl.where(z < top, 0.0, tl.where(z >= top, 1.0, float("nan")))
+        rest += tl.where(wanted & (columns != t), is_top, 0.0)
+        if SMOOTH:
+            w = load_weight(weight, columns, wanted, SMOOTH)
+            deficit += tl.where(wanted, (top - z) * w, 0.0)
+    return tl.sum(rest, 0), tl.sum(deficit, 0) * LOG2E
 
 
 @triton.jit
@@ -226,9 +264,8 @@ def write_tile(
     out, x, w, valid, scales, logit_scale, softcap, HINT: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr
 ):
     """Store the gradient of some logits x to the pointers `out`."""
-    b, a, k = scales
     z = transform(x, logit_scale, softcap, TRANSFORM)
-    dx = gradient(z, w, b, a, k, slope(z, logit_scale, softcap, TRANSFORM), SMOOTH)
+    dx = gradient(z, w, scales, slope(z, logit_scale, softcap, TRANSFORM), SMOOTH)
     tl.store(out, dx.to(out.dtype.element_ty), mask=valid, eviction_policy=HINT)
 
 

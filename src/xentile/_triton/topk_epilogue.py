@@ -158,7 +158,9 @@ def coefficients(
 
     KD, CE: which of the two has a gradient outside the support.
     """
-    (at_support, dense, at_target), (ce_support, ce_dense) = parts
+    kd_parts, ce_parts = parts  # in two steps: Triton 3.6 fails at nested targets
+    at_support, dense, at_target = kd_parts
+    ce_support, ce_dense = ce_parts
     t, c, _ = temperature
     k = times(kd_weight, g * logit_scale * (t if SQUARED else 1.0 / t))
     b = reference_of(m, c)

@@ -12,7 +12,7 @@ words. W is a quarter of a tile's groups: a thread keeps one word for each four 
 import triton
 import triton.language as tl
 
-from xentile._triton.row import HUGE, LOG2E, difference, power, slope, transform
+from xentile._triton.row import HUGE, LOG2E, STEEP, difference, power, slope, transform
 from xentile._triton.span import edges, edges_and_target, groups_before, target_group_of, tile
 
 CHUNK = tl.constexpr(8)  # tiles
@@ -21,14 +21,19 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def reference_of(z, c):
-    """The b of exp2(fma(z_j, c, -b)), c = log2(e) / T, for a maximum z; finite for any c also where z is -inf."""
-    return tl.maximum(z * c, -HUGE)
+    """The b of exp2(fma(z_j, c, -b)), c = log2(e) / T, for a maximum z; from -STEEP on, so that no inf - inf
+    arises and no exponential is large.
+    """
+    return tl.maximum(z * c, -STEEP)
 
 
 @triton.jit
 def lost_in(b, z, c):
-    """B - z * c without rounding the product, for b = reference_of(z, c)."""
-    return tl.where(tl.abs(z * c) < HUGE, tl.fma(-z, c, b), 0.0)
+    """B - z * c without rounding the product, for b = reference_of(z, c); NaN where that is too large to be of use, 0
+    where b is not that product.
+    """
+    lost = tl.where(z * c < -STEEP, 0.0, tl.fma(-z, c, b))
+    return tl.where(z * c > STEEP, float("nan"), lost)
 
 
 @triton.jit
