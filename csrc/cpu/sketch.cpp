@@ -150,7 +150,7 @@ void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::option
   const int64_t* group = read<int64_t>(group_ids, ScalarType::Long, n, "group_ids");
   const sketch::State state = write_state(sketch);
   torch::stable::parallel_for(0, n, 16384, [&](int64_t begin, int64_t end) {
-    // Making and adding a histogram takes as long as counting half as many values as it has bins one by one.
+    // A histogram has to be cleared and added to the state: of no use to fewer values.
     if (!weight && !group && end - begin >= state.layout.bins / 2) {
       for (int64_t i = begin; i < end; i += kMostInHistogram) {
         Histogram histogram(state, unit);
