@@ -70,7 +70,7 @@ def join_slots(state, z, valid, top, c):
     e = tl.where(valid, tl.exp2(tl.fma(z, c, -b_top)), 0.0)
     top_edges, others_edges = tl.reduce((e, tl.zeros_like(e)), 0, join)
     _, total = join(top_slots, others_slots, top_edges, others_edges)
-    return tl.where(top * c < -STEEP, float("nan"), total * tl.exp2(lost_in(b_top, top, c)))
+    return tl.where(tl.abs(top * c) > STEEP, float("nan"), total * tl.exp2(lost_in(b_top, top, c)))
 
 
 @triton.jit

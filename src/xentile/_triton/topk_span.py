@@ -29,11 +29,8 @@ def reference_of(z, c):
 
 @triton.jit
 def lost_in(b, z, c):
-    """B - z * c without rounding the product, for b = reference_of(z, c); NaN where that is too large to be of use, 0
-    where b is not that product.
-    """
-    lost = tl.where(z * c < -STEEP, 0.0, tl.fma(-z, c, b))
-    return tl.where(z * c > STEEP, float("nan"), lost)
+    """B - z * c without rounding the product, for b = reference_of(z, c); 0 where that is beyond STEEP."""
+    return tl.where(tl.abs(z * c) <= STEEP, tl.fma(-z, c, b), 0.0)
 
 
 @triton.jit
@@ -154,14 +151,16 @@ def edges_and_target_group(row, column, id_ptr, K, present, head, body, V, t, VE
 
 @triton.jit
 def sum_of(top, b, r, groups, in_groups, small, in_small, c):
-    """Sum of exp2((z - top) * c) over slots (reference b, sum r) and the z of two tensors where they count."""
+    """Sum of exp2((z - top) * c) over slots (reference b, sum r) and the z of two tensors where they count. NaN where
+    top * c is beyond STEEP.
+    """
     b_top = reference_of(top, c)
     step, lost = difference(b, b_top)
     total = tl.sum(r * power(step, lost), 0)
     e = tl.where(in_groups, tl.exp2(tl.fma(groups, c, -b_top)), 0.0)
     total += tl.sum(tl.sum(e, 1), 0)
     total += tl.sum(tl.where(in_small, tl.exp2(tl.fma(small, c, -b_top)), 0.0), 0)
-    return total * tl.exp2(lost_in(b_top, top, c))
+    return tl.where(top * c > STEEP, float("nan"), total * tl.exp2(lost_in(b_top, top, c)))
 
 
 @triton.jit
