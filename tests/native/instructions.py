@@ -24,6 +24,19 @@ LIMITS = {  # instructions per logit of a long row
     ("fused", "float32"): 3.9,
     ("fused", "bfloat16"): 4.8,
     ("fused", "float16"): 4.1,
+    ("topk", "float32"): 4.6,
+    ("topk", "bfloat16"): 5.2,
+    ("topk", "float16"): 4.4,
+    ("topk_tempered", "float32"): 7.5,
+    ("topk_tempered", "bfloat16"): 8.4,
+    ("topk_tempered", "float16"): 7.7,
+    ("dense", "float32"): 15.5,
+    ("dense", "bfloat16"): 20.8,
+    ("dense", "float16"): 17.8,
+    ("teacher", "float32"): 3.2,
+    ("teacher", "bfloat16"): 3.7,
+    ("teacher", "float16"): 3.5,
+    ("count", "float32"): 9.0,  # per value, of a sketch
 }
 
 
@@ -55,7 +68,7 @@ def main() -> int:
                 counts.append((more - once) / 4 / columns)
             failed |= counts[-1] > limit
             cells = "  ".join(f"{count:.2f} at {columns}" for count, columns in zip(counts, lengths, strict=True))
-            print(f"{phase:9} {dtype:9} {cells}   limit {limit}")
+            print(f"{phase:13} {dtype:9} {cells}   limit {limit}")
     return int(failed)
 
 
