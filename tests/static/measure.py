@@ -8,11 +8,11 @@ from . import machine_code
 
 if TYPE_CHECKING:
     from .machine_code import Loop
-    from .targets import Target
+    from .targets import Launch, Target
 
 
 class LoopCost(NamedTuple):
-    """The hot loop of one phase, per element of the row that it streams."""
+    """The hot loop of one pass over a row, per element that it loads."""
 
     instructions: float
     special: float
@@ -22,50 +22,70 @@ class LoopCost(NamedTuple):
 
 
 class Cost(NamedTuple):
+    source: str
+    """Digest of what was compiled (targets.py)."""
     instructions: int
     """Of the whole kernel, which is what one without a hot loop costs."""
     registers: int
     spills: int
     shared: int
     fences: int
-    reading: LoopCost | None
-    writing: LoopCost | None
+    reading: tuple[LoopCost, ...] = ()
+    writing: tuple[LoopCost, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            name: value._asdict() if isinstance(value, LoopCost) else value
-            for name, value in self._asdict().items()
-            if value is not None
-        }
+        loops = {name: [loop._asdict() for loop in getattr(self, name)] for name in ("reading", "writing")}
+        return self._asdict() | loops
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> Cost:
+        loops = {name: tuple(LoopCost(**loop) for loop in stored[name]) for name in ("reading", "writing")}
+        return Cost(**stored | loops)
 
 
-# The kernels that stream rows, and what they do in their hot loops. The loops of the others are over tokens, or none.
-READING = {"row_kernel", "split_kernel", "topk_row_kernel"}
-WRITING = {"row_kernel", "gradient_kernel", "topk_row_kernel", "topk_gradient_kernel"}
-ROWS = READING | WRITING | {"short_row_kernel", "short_gradient_kernel"}
+# The kernels that stream rows, and in how many loops of what they do. The loops of the others are over tokens, or none.
+READING = {
+    "row_kernel": 1,
+    "split_kernel": 1,
+    "topk_row_kernel": 1,
+    "dense_row_kernel": 3,  # the student's row, the teacher's, and both
+    "teacher_kernel": 1,
+    "tempered_kernel": 1,
+}
+WRITING = {
+    "row_kernel": 1,
+    "gradient_kernel": 1,
+    "scale_kernel": 1,
+    "topk_row_kernel": 1,
+    "topk_gradient_kernel": 1,
+    "dense_row_kernel": 1,
+    "dense_gradient_kernel": 1,
+}
+ROWS = READING.keys() | WRITING.keys() | {"short_row_kernel", "short_gradient_kernel"}
 
 
-def measure(name: str, compiled: Any, element_bytes: int) -> Cost:
-    code = machine_code.read(compiled)
-    reading = code.reading_loops() if name in READING else []
-    writing = code.writing_loops() if name in WRITING else []
+def measure(name: str, launch: Launch, element_bytes: int, *, streams: bool) -> Cost:
+    """streams: rows are too long for registers, so that there are loops over them."""
+    code = machine_code.read(launch.kernel)
     return Cost(
+        launch.source,
         len(code.instructions),
         code.registers,
         code.spills,
         code.shared,
         code.fences,
-        _hottest(reading, element_bytes),
-        _hottest(writing, element_bytes),
+        _hottest(code.reading_loops(), READING.get(name, 0) * streams, element_bytes),
+        _hottest(code.writing_loops(), WRITING.get(name, 0) * streams, element_bytes),
     )
 
 
-def _hottest(loops: list[Loop], element_bytes: int) -> LoopCost | None:
-    """The loop that streams most bytes in an iteration."""
-    if not loops:
-        return None
-    loop = max(loops, key=lambda loop: loop.bytes_loaded)
-    elements = loop.bytes_loaded / element_bytes
+def _hottest(loops: list[Loop], count: int, element_bytes: int) -> tuple[LoopCost, ...]:
+    """The loops that stream most bytes in an iteration, in order."""
+    hottest = sorted(loops, key=lambda loop: -loop.bytes_loaded)[:count]
+    return tuple(_cost(loop, loop.bytes_loaded / element_bytes) for loop in loops if loop in hottest)
+
+
+def _cost(loop: Loop, elements: float) -> LoopCost:
     return LoopCost(
         round(loop.instructions / elements, 3),
         round(loop.special / elements, 4),
@@ -74,7 +94,7 @@ def _hottest(loops: list[Loop], element_bytes: int) -> LoopCost | None:
     )
 
 
-def predicted_fraction(loop: LoopCost, bytes_moved: int, target: Target) -> float:
+def predicted_fraction(loop: LoopCost, bytes_moved: float, target: Target) -> float:
     """A PREDICTION of the fraction of memory bandwidth that the loop reaches: 1 where memory is what limits it.
 
     The loop takes the longest of moving the bytes, issuing the instructions and computing the exponentials. Latency,

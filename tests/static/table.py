@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .measure import Cost
 
 HEADER = (
-    f"{'launch':34}{'target':8}{'kernel':17}{'loop':9}{'instr/el':>9}{'special/el':>11}"
+    f"{'launch':52}{'target':8}{'kernel':22}{'loop':9}{'instr/el':>9}{'special/el':>11}"
     f"{'load':>6}{'store':>6}{'regs':>6}{'spills':>7}  {'PREDICTED':10}"
 )
 FOOTER = """\
@@ -26,7 +26,7 @@ def table(measured: Costs) -> str:
     lines = [HEADER, "-" * len(HEADER)]
     for case in CASES:
         for target, by_case in measured.items():
-            start = f"{case.name:34}{target:8}"
+            start = f"{case.name:52}{target:8}"
             for kernel, cost in by_case[case.name].items():
                 lines += [start + line for line in _lines(kernel, cost, target, case.dtype.itemsize)]
     return "\n".join([*lines, FOOTER])
@@ -34,14 +34,15 @@ def table(measured: Costs) -> str:
 
 def _lines(kernel: str, cost: Cost, target: str, itemsize: int) -> list[str]:
     registers = f"{cost.registers:6}{cost.spills:7}"
+    stored = 0.5 if kernel.startswith("dense") else 1  # elements for each that is loaded
     lines = []
-    for phase, loop, passes in (("reading", cost.reading, 1), ("writing", cost.writing, 2)):
-        if loop:
-            fraction = predicted_fraction(loop, passes * itemsize, TARGETS[target])
+    for phase, loops, moved in (("reading", cost.reading, 1), ("writing", cost.writing, 1 + stored)):
+        for loop in loops:
+            fraction = predicted_fraction(loop, moved * itemsize, TARGETS[target])
             lines.append(
-                f"{kernel:17}{phase:9}{loop.instructions:9.2f}{loop.special:11.3f}{loop.load_width:6}{loop.store_width:6}"
+                f"{kernel:22}{phase:9}{loop.instructions:9.2f}{loop.special:11.3f}{loop.load_width:6}{loop.store_width:6}"
                 f"{registers}  {fraction:.0%} of {TARGETS[target].device}"
             )
     if kernel in ROWS and not lines:  # rows that stay in registers
-        lines.append(f"{kernel:17}{f'{cost.instructions} instructions a thread':41}{registers}")
+        lines.append(f"{kernel:22}{f'{cost.instructions} instructions a thread':41}{registers}")
     return lines

@@ -25,7 +25,7 @@ def compiled(target: str, *, vectors: bool) -> machine_code.Code:
     x = torch.empty(2**30, device="meta")
     with compile_only(TARGETS[target]) as kernels:
         scale_kernel[(1,)](x, x, 2**30, BLOCK=2048, VECTORS=vectors, num_warps=4, enable_fp_fusion=False)
-    return machine_code.read(kernels["scale_kernel"])
+    return machine_code.read(kernels["scale_kernel"].kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
