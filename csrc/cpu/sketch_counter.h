@@ -10,9 +10,9 @@ struct State {
   int64_t groups;
   Layout layout;
 
-  void add(int64_t group, int64_t column, int64_t amount) const {
-    __atomic_fetch_add(cells + group * layout.width() + column, amount, __ATOMIC_RELAXED);
-  }
+  void add(int64_t group, int64_t column, int64_t amount) const { add(group * layout.width() + column, amount); }
+
+  void add(int64_t cell, int64_t amount) const { __atomic_fetch_add(cells + cell, amount, __ATOMIC_RELAXED); }
 
   void raise(int64_t group, int64_t column, int64_t key) const {
     int64_t* cell = cells + group * layout.width() + column;
@@ -32,13 +32,15 @@ struct State {
   }
 };
 
-// One thread's view of a state. Bins are incremented at once; sums and extremes are collected, and reach the state when
-// the counter is destroyed or their slot is needed for another group.
+// One thread's view of a state. What it adds reaches the state when the counter is destroyed, or when its slot is needed
+// for another cell or group: threads that increment the same bins would wait for each other's cache lines.
 class Counter {
  public:
   explicit Counter(const State& state) : state_(state) {}
   Counter(const Counter&) = delete;
   ~Counter() {
+    for (const Count& count : counts_)
+      if (count.amount) state_.add(count.cell, count.amount);
     for (const Slot& slot : slots_)
       if (slot.group >= 0) state_.add(slot.group, slot.totals);
   }
@@ -63,18 +65,28 @@ class Counter {
   // Counts in a column; whether the group exists. If not, one more in kBadGroup instead.
   bool add_token(int column, int64_t group, int64_t amount) {
     const bool known = group >= 0 && group < state_.groups;
-    state_.add(known ? group : 0, known ? column : kBadGroup, known ? amount : 1);
+    const int64_t cell = known ? group * state_.layout.width() + column : kBadGroup;
+    Count& count = counts_[cell % kCounts];
+    if (count.cell != cell) {
+      if (count.amount) state_.add(count.cell, count.amount);
+      count = {cell, 0};
+    }
+    accumulate(count.amount, known ? amount : 1);
     return known;
   }
 
  private:
-  static constexpr int kSlots = 32;
+  static constexpr int kCounts = 512, kSlots = 32;
+  struct Count {
+    int64_t cell = 0, amount = 0;
+  };
   struct Slot {
     int64_t group = -1;
     Totals totals = {};
   };
 
   State state_;
+  Count counts_[kCounts];
   Slot slots_[kSlots];
 };
 

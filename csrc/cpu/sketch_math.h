@@ -109,7 +109,8 @@ inline void add(Totals& totals, float value, double weight) {
   const double sum = x * weight * 0x1p20, hi = floor_of(sum);
   accumulate(totals.sum_hi, static_cast<int64_t>(hi));
   accumulate(totals.sum_lo, std::llrint((sum - hi) * 0x1p28));
-  const double square = std::fmin(x * x * weight, kLimit * kLimit), top = floor_of(square * 0x1p-8);
+  const double uncapped = x * x * weight, cap = kLimit * kLimit;  // no NaN, for which std::fmin would be a call
+  const double square = uncapped < cap ? uncapped : cap, top = floor_of(square * 0x1p-8);
   const double rest = (square - top * 0x1p8) * 0x1p20, mid = floor_of(rest);
   accumulate(totals.square_hi, static_cast<int64_t>(top));
   accumulate(totals.square_mid, static_cast<int64_t>(mid));
