@@ -52,7 +52,7 @@ def executed(driver: str, *arguments: object) -> int:
     """Instructions of one run."""
     callgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
     run = subprocess.run([*callgrind, driver, *map(str, arguments)], capture_output=True, text=True, check=True)
-    return int(re.search(r"Collected : (\d+)", run.stderr)[1])
+    return int(re.findall(r"Collected : (\d+)", run.stderr)[0])
 
 
 def main() -> int:
