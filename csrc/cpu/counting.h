@@ -42,9 +42,9 @@ XENTILE_INLINE int64_t total(V v) {
 
 // Sums of the limbs of x and x^2 over a block. x is below 2**8, or below 16: then no square has a highest limb; and it is
 // a multiple of 2**-48, so a sum is not rounded. Its limbs are found as floats, and added up as 32-bit integers, of which
-// kGroup fit. Those of a square are found as doubles, which hold it exactly, and added up as bits: a double next to
-// kWhole counts ones in its bits and one next to kRound counts multiples of 2**-28, to which its sum is rounded, half to
-// even.
+// kGroup fit. Those of a square are found as doubles, which hold it exactly. Whole numbers are added up as doubles,
+// exactly too; the rest is added up as bits: a double next to kRound counts multiples of 2**-28 in its bits, to which it
+// is rounded, half to even. One next to kWhole counts ones: what is left of it without 28 bits is the highest limb.
 template <bool below_16>
 class LimbSums {
  public:
@@ -67,12 +67,11 @@ class LimbSums {
   }
 
   void add_to(Totals* totals) const {
-    const uint64_t whole = bits_of(kWhole);
-    const int64_t hi = total(square_hi_) - (below_16 ? 0 : kCountBlock * (whole >> 28));
+    const int64_t hi = total(square_hi_) - (below_16 ? 0 : kCountBlock * (bits_of(kWhole) >> 28));
     totals->sum_hi += total(sum_hi_);
     totals->sum_lo += total(sum_lo_);
     totals->square_hi += hi;
-    totals->square_mid += total(square_whole_) - kCountBlock * whole - (hi << 28);
+    totals->square_mid += total(square_whole_) - (hi << 28);
     totals->square_lo += total(square_lo_) - kCountBlock * bits_of(kRound);
   }
 
@@ -84,13 +83,13 @@ class LimbSums {
 
   XENTILE_INLINE void add_square(VecD x) {
     const VecD square = x * 0x1p20 * x, whole = floor(square);
-    const VecUL counted = (VecUL)(whole + kWhole);
-    square_whole_ += counted;
-    if constexpr (!below_16) square_hi_ += counted >> 28;
+    square_whole_ += whole;
+    if constexpr (!below_16) square_hi_ += (VecUL)(whole + kWhole) >> 28;
     square_lo_ += (VecUL)(square - whole + kRound);
   }
 
-  VecUL sum_hi_ = {}, sum_lo_ = {}, square_hi_ = {}, square_whole_ = {}, square_lo_ = {};
+  VecUL sum_hi_ = {}, sum_lo_ = {}, square_hi_ = {}, square_lo_ = {};
+  VecD square_whole_ = {};
 };
 
 // The counters of values that are all in bins, if a bin is the high half of their bits.
