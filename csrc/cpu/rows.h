@@ -151,7 +151,7 @@ class PlainGradient {
   // The columns [begin, begin + n), n <= kBlock.
   void add(int64_t begin, int64_t n) {
     const T* x = x_ + begin;
-    max_ = kept_ ? kept_->maxima[begin / kBlock] : kLarger(F::max(x, n), max_);
+    max_ = kept_ ? kept_->maxima[blocks_++] : kLarger(F::max(x, n), max_);
     const float factor = (max_ == -kInf ? 0 : exp_one(max_ - c_.max)) * c_.exp_factor * kExpUnbias;
     if (kept_) {
       scale_kept(begin, n, factor);
@@ -196,6 +196,7 @@ class PlainGradient {
   T* dx_;
   const Coefficients<float>& c_;
   const Kept* kept_;
+  int64_t blocks_ = 0;
   float max_ = -kInf;
 };
 
@@ -233,12 +234,7 @@ void gradient(const RowTask<float>& task, const void* row, int64_t target, const
   const float x_t = load_one<F>(x + target);  // before it is overwritten: dx may be x
   if (transform.identity() && !task.smoothing) {
     PlainGradient<F> plain(x, dx, c, kept);
-    const int64_t blocks = (task.columns + kBlock - 1) / kBlock;
-    for (int64_t b = 0; b < blocks; b++) {
-      // Backwards from what phase 1 kept last, as the second-level cache may not hold all of a row's.
-      const int64_t i = kBlock * (kept ? blocks - 1 - b : b);
-      plain.add(i, min(kBlock, task.columns - i));
-    }
+    for (int64_t i = 0; i < task.columns; i += kBlock) plain.add(i, min(kBlock, task.columns - i));
   } else {
     general_gradient<F>(transform, x, dx, task.columns, c, task.smoothing ? task.weight : nullptr);
   }
