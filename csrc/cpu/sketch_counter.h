@@ -76,7 +76,7 @@ class Counter {
   }
 
  private:
-  static constexpr int kCounts = 512, kSlots = 32;
+  static constexpr int kCounts = 2048, kSlots = 32;
   struct Count {
     int64_t cell = 0, amount = 0;
   };
