@@ -55,6 +55,7 @@ class TestLaunches:
 
     def test_class_weights_have_room_in_the_registers(self) -> None:
         assert self.choose(8192, 256, smooth=True).lanes == 2 * self.choose(8192, 256).lanes
+        assert self.choose(8192, 128256, smooth=True, weighted=True).threads <= 512
 
     @pytest.mark.parametrize("v", [32000, 50257, 128256, 262144])
     @pytest.mark.parametrize("itemsize", [2, 4])

@@ -60,7 +60,8 @@ def cross_entropy(
     smooth = label_smoothing != 0
     alignment = min(_alignment(logits), 16 if dlogits is None else _alignment(dlogits))
     size = logits.element_size()
-    rows = rows or launch.forward(n, v, size, dlogits is not None, aligned, smooth, device, alignment)
+    weighted = weight is not None
+    rows = rows or launch.forward(n, v, size, dlogits is not None, aligned, smooth, device, alignment, weighted)
     kind = layout.REDUCTIONS[reduction]
     # The forward alone divides at the end. A gradient must know the divisor before the first row.
     prepared = kind == "mean" and dlogits is not None and normalizer is None

@@ -90,9 +90,9 @@ def distillation(
         if prepared:
             launch.run(finish.prepare_kernel, (1,), over_tokens, finish.THREADS, device)
         if n > 0:
-            launch.run(dense_row_kernel, (n,), arguments, choice.threads, device)
+            launch.run(dense_row_kernel, (n,), arguments, choice.threads, device, choice.registers)
         tiles = triton.cdiv(n, finish.BLOCK) if sketch is not None or kd_sketch is not None else 1
-        launch.run(topk_finish_kernel, (max(1, tiles),), over_tokens, finish.THREADS, device)
+        launch.run(topk_finish_kernel, (max(1, tiles),), over_tokens, 2 * finish.THREADS, device)  # for two sketches
 
 
 def distillation_backward(
@@ -222,18 +222,20 @@ def _share(logits: Tensor, teacher_logits: Tensor) -> int:
 def forward_rows(logits: Tensor, teacher_logits: Tensor, divergence: str, device: launch.Device) -> launch.Rows:
     """How the rows of two tensors are launched."""
     n, v = logits.shape
-    threads, share = 1024, _share(logits, teacher_logits)
-    if divergence != "forward_kl":
-        threads = 512  # 1024 have 64 registers each, which reverse_kl of a softcap is a few too many for
-    if divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
-        share = 8  # the logarithms of a mixture, of 16 columns at once, don't fit in 128 registers either
+    threads, share, registers = 1024, _share(logits, teacher_logits), 0
     if n >= device.processors:
         # As many rows at once as the cache has room for, which is what `launch.forward` counts: here of two tensors,
         # and also without a gradient, because they are read twice then.
         size = logits.element_size() + teacher_logits.element_size()
-        threads = min(threads, launch.forward(4 * device.processors, v, size, True, False, False, device).threads)
+        threads = launch.forward(4 * device.processors, v, size, True, False, False, device).threads
+    alone = threads == 1024
+    if divergence != "forward_kl":
+        threads = min(threads, 512)  # 1024 have 64 registers each, which reverse_kl of a softcap is a few too many for
+    if divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
+        share = 8  # the logarithms of a mixture, of 16 columns at once, don't fit in 128 registers either
+        registers = 128 if alone else 0
     threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))))
-    return launch.Rows(threads * share, threads)
+    return launch.Rows(threads * share, threads, registers=registers if threads == 512 else 0)
 
 
 def backward_rows(logits: Tensor, teacher_logits: Tensor, device: launch.Device) -> launch.Rows:

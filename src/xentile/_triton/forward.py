@@ -100,6 +100,7 @@ def row_kernel(
             write_edges(x_row, dx_row, weight_ptr, head, body, V, scales, logit_scale, softcap, VEC, TRANSFORM, SMOOTH)
             if RESIDENT:
                 out = tl.multiple_of(dx_row + head, 16) + tile(BLOCK, VEC)
+                live = groups_before(0, body, BLOCK, VEC)  # again: it need not be kept in registers until here
                 write_tile(out, x, w, live, scales, logit_scale, softcap, "evict_first", TRANSFORM, SMOOTH)
             else:
                 gradient_span(

@@ -35,6 +35,8 @@ class Rows:
     """A launch over rows. block: columns a tile; splits: programs a row; resident: the row stays in registers.
 
     lanes: if not 0, a program has several rows, each held by so many threads, which load `vector` logits at once.
+    registers: as many a thread may have, where NVIDIA's compiler by itself would sooner spill than take more than would
+    leave room for a second program; 0: its own choice.
     """
 
     block: int
@@ -43,6 +45,7 @@ class Rows:
     resident: bool = False
     lanes: int = 0
     vector: int = 1
+    registers: int = 0
 
 
 # (processors, bytes of L2) of a well-known GPU of each architecture, where the real device can't be asked.
@@ -79,22 +82,34 @@ def guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], threads: int, device: Device) -> None:
+def run(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], threads: int, device: Device, registers: int = 0
+) -> None:
     """Launch a kernel with those of the arguments that it names.
 
     Contraction of a * b + c is off: row.py says where a fused multiply-add is meant.
     """
     named = {name: arguments[name] for name in kernel.arg_names}
-    kernel[grid](**named, num_warps=max(1, threads // device.warp_size), enable_fp_fusion=False)
+    # AMD's compiler has no such option.
+    options = {"maxnreg": registers} if registers and isinstance(device.arch, int) else {}
+    kernel[grid](**named, num_warps=max(1, threads // device.warp_size), enable_fp_fusion=False, **options)
 
 
 def forward(
-    n: int, v: int, itemsize: int, gradient: bool, together: bool, smooth: bool, device: Device, alignment: int = 0
+    n: int,
+    v: int,
+    itemsize: int,
+    gradient: bool,
+    together: bool,
+    smooth: bool,
+    device: Device,
+    alignment: int = 0,
+    weighted: bool = False,
 ) -> Rows:
     """For `cross_entropy`: n rows of v logits of `itemsize` bytes.
 
     together: logits and gradient rows have one alignment. smooth: the loss has label smoothing. alignment: in bytes, of
-    each of these rows, up to 16; 0 for a kernel that takes one row a program.
+    each of these rows, up to 16; 0 for a kernel that takes one row a program. weighted: there are class weights.
     """
     if alignment and (several := _several_rows(v, itemsize, alignment, smooth, device)):
         return several
@@ -121,6 +136,8 @@ def forward(
         threads = {0: 1024, 1: 1024, 2: 512, 3: 512}.get(rows, 256)
         if smooth:
             share //= 2  # its two more sums a slot don't fit in 64 registers otherwise
+            if weighted:
+                threads = min(threads, 512)  # nor do the class weights of a tile
     elif n < 4 * device.processors:
         threads = 512  # few rows: each must bring the threads that fill its processor
     return Rows(threads * share, threads)

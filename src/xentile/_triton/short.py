@@ -176,6 +176,7 @@ def short_row_kernel(
             label_smoothing, z_loss, logit_scale, SMOOTH,
         )  # fmt: skip
         dx_row = tl.multiple_of(dx_ptr + row * dx_stride, [BYTES])
+        w = load_weight(weight_ptr, lane + step, inside, SMOOTH)  # again: it need not be kept in registers until here
         write_rows(
             across(dx_row) + lane + step, dx_row, x, w, inside, t, here, in_range, scales, at_target,
             logit_scale, softcap, TRANSFORM, SMOOTH,

@@ -99,7 +99,7 @@ def topk_distillation(
             words = _bitmap_words(v, rows.block, 16 // logits.element_size())
             bitmap = torch.empty((n, words), dtype=torch.int32, device=logits.device)
             chosen = arguments | {"bitmap_ptr": bitmap, "words": words, "BLOCK": rows.block}
-            launch.run(topk_row_kernel, (n,), chosen, rows.threads, device)
+            launch.run(topk_row_kernel, (n,), chosen, rows.threads, device, rows.registers)
         tiles = triton.cdiv(n, finish.BLOCK) if sketch is not None or kd_sketch is not None else 1
         chosen = arguments | {"BLOCK": finish.BLOCK}
         launch.run(topk_finish_kernel, (max(1, tiles),), chosen, 2 * finish.THREADS, device)  # for two sketches
@@ -242,16 +242,17 @@ def forward_rows(
         threads = launch.forward(4 * device.processors, v, itemsize, True, False, False, device).threads
     else:
         threads = 128 if n >= 4 * device.processors else 512
+    registers = 0
     if twice:  # two more numbers a slot
         share //= 2
     elif threads == 1024:
         # A processor has this row alone: what is done once a row costs half as much with half the threads, which have
         # registers for as many bytes in flight.
-        threads, share = 512, 2 * share
+        threads, share, registers = 512, 2 * share, 128
     # Not more than the row needs, and the groups of the support are a tile too: of 16 bytes for each of its columns.
     threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))), k // 2)
     threads = triton.next_power_of_2(threads)
-    return launch.Rows(threads * share, threads)
+    return launch.Rows(threads * share, threads, registers=registers if threads == 512 else 0)
 
 
 def backward_rows(v: int, itemsize: int, whole: bool, device: launch.Device) -> launch.Rows:
