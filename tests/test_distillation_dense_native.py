@@ -315,7 +315,9 @@ def test_small_cross_entropies_keep_their_digits(temperature: float) -> None:
     out = xt.distillation_loss(student, teacher, target, temperature=temperature)
     assert out.token_loss is not None
     assert float(exact.min()) < 1e-9
-    assert float(((out.token_loss.double() - exact).abs() / exact).max()) < 1e-6
+    # Beyond 16 nats below the maximum, z - max alone is rounded by up to 2**-20, and so is the logarithm of its exp.
+    error, allowed = (out.token_loss.double() - exact).abs() / exact, torch.where(exact >= 1e-7, 1e-6, 2e-6)
+    assert bool((error < allowed).all())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -14,6 +14,7 @@ import torch
 from oracle import token_losses
 
 import xentile
+from xentile._schemas import SIGNATURE
 
 PACKAGE = pathlib.Path(xentile.__file__).parent
 NATIVE = "_C_cpu.so"
@@ -134,8 +135,9 @@ def test_the_numbers_compared_here_are_right(here: dict) -> None:
 
 def test_a_corrupt_native_library_is_named_in_a_warning_and_replaced(tmp_path: pathlib.Path, here: dict) -> None:
     root = copy_without_native(tmp_path)
-    (root / "xentile" / NATIVE).write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 57)  # cut off after its header
+    header = b"\x7fELF\x02\x01\x01" + b"\0" * 57  # nothing behind it but what the loader looks for
+    (root / "xentile" / NATIVE).write_bytes(header + SIGNATURE.encode())
     values, stderr = example(root, "-W", "always")
-    assert "UserWarning: xentile: _C_cpu.so does not load, plain PyTorch is used on the CPU" in stderr
+    assert "UserWarning: xentile: plain PyTorch is used on the CPU, because _C_cpu.so does not load: " in stderr
     assert values["isa"] == "none"
     assert_same_numbers(values, here)
