@@ -91,6 +91,22 @@ def _small(model: str, tokens: int, vocab: int) -> list[Target]:
     ]
 
 
+def _cost_of_percentiles(dtypes: str, tokens: int, goal: float) -> list[Target]:
+    return [
+        Target(
+            f"{dtype}, {operation}, {tokens} x 128256: percentiles on against off",
+            f"llama3-8b/{tokens}/{dtype}/{operation}",
+            "xentile+sketch",
+            _percentiles,
+            goal,
+            "%",
+            at_most=True,
+        )
+        for dtype in dtypes.split()
+        for operation in ("training", "forward")
+    ]
+
+
 _FP32 = "llama3-8b/1024/float32"
 _CROSS_ENTROPY: tuple[Target, ...] = (
     *_headline("float32", 9.0, 4.5, 65.0),
@@ -98,19 +114,7 @@ _CROSS_ENTROPY: tuple[Target, ...] = (
     Target("float32, forward, 1024 x 128256: of read bandwidth", f"{_FP32}/forward", "xentile", _of_roof, 70.0, "%"),
     *_small("llama2-7b", 2048, 32000),
     *_small("resnet50", 32768, 1000),
-    *(
-        Target(
-            f"{dtype}, {op}: percentiles on against off",
-            f"llama3-8b/1024/{dtype}/{op}",
-            "xentile+sketch",
-            _percentiles,
-            1.0,
-            "%",
-            at_most=True,
-        )
-        for dtype in ("float32", "bfloat16")
-        for op in ("training", "forward")
-    ),
+    *_cost_of_percentiles("float32 bfloat16", 1024, 1.0),
     Target("peak memory of a training step, in (N, V) tensors", f"{_FP32}/training", "xentile", _peak, 1.02, "", True),
     Target("the same with inplace=True", f"{_FP32}/training", "xentile+inplace", _peak, 0.02, "", True),
 )
@@ -175,19 +179,7 @@ _GPU: tuple[Target, ...] = (
             *_on_gpu("gemma3-1b", 64, operation, 60.0),
         )
     ),
-    *(
-        Target(
-            f"{dtype}, {operation}, 8192 x 128256: percentiles on against off",
-            f"llama3-8b/8192/{dtype}/{operation}",
-            "xentile+sketch",
-            _percentiles,
-            0.5,
-            "%",
-            at_most=True,
-        )
-        for dtype in ("bfloat16", "float32")
-        for operation in ("training", "forward")
-    ),
+    *_cost_of_percentiles("bfloat16 float32", 8192, 0.5),
     *(
         Target(
             f"top-K distillation, {options}: time over xt.cross_entropy",
