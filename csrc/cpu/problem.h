@@ -141,7 +141,7 @@ class Gradient {
   }
 
  private:
-  // A large tensor is fresh memory at each step, as the C library gives it back to the system when it is freed. The
+  // A large tensor is new memory at the first step (gradient_memory.cpp), and at every step of a compiled graph. The
   // first write to each of its pages is a fault: with pages of 2 MB instead of 4 KB there are 512 times fewer.
   static void prefer_huge_pages(char* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
