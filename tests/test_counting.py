@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import xentile as xt
 from xentile import _layout as layout
@@ -80,6 +83,41 @@ def test_few_or_many_values_of_any_precision_are_counted_like_the_reference(
     expected = torch.zeros(sketch.state.shape, dtype=torch.int64)
     reference.sketch_update(values, None, None, None, expected, 1)
     sketch.update(values.to(device))
+    assert torch.equal(sketch.state.cpu(), expected)
+
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(FINITE)
+def test_the_limbs_of_a_value_are_its_sums_but_for_a_last_rounding(value: float) -> None:
+    sketch = xt.LossSketch()
+    sketch.update(torch.tensor([value]))
+    x = Fraction(max(-layout.LIMIT, min(value, layout.LIMIT)))
+    for limbs, exact in ((layout.SUM_LIMBS, x), (layout.SQUARE_LIMBS, x * x)):
+        found = sum(int(sketch.state[0, column]) * Fraction(2) ** exponent for column, exponent in limbs)
+        assert found == round(exact * 2**48) / Fraction(2) ** 48  # half to even, as `round` does
+
+
+@given(st.floats(0, 2.0**layout.E_MAX, width=32, exclude_max=True))
+def test_values_in_the_bins_leave_the_highest_limb_empty_and_the_others_with_room(value: float) -> None:
+    """2**35 values or more fit in an int64, whatever they are; 2**26 of the largest in the sum of squares."""
+    sketch = xt.LossSketch()
+    sketch.update(torch.tensor([value]))
+    (hi, _), *others = layout.SQUARE_LIMBS
+    assert sketch.state[0, hi] == 0
+    assert max(abs(int(sketch.state[0, column])) for column, _ in (*layout.SUM_LIMBS, *others[1:])) <= 2**28
+    assert 0 <= sketch.state[0, others[0][0]] <= 2**36
+
+
+def test_a_weight_counts_in_the_sums_until_its_product_is_out_of_range(device: torch.device) -> None:
+    values, weights = torch.tensor([2.0**24, 2.0**11, -(2.0**24)]), torch.tensor([2.0**20, 2.0**19, 2.0**20])
+    sketch = xt.LossSketch(device, weighted=True)
+    sketch.update(values[:2].to(device), weights=weights[:2].to(device))
+    assert sketch.mean() * (weights[0] + weights[1]) == 2 * layout.WEIGHED_LIMIT  # the second is 2**30 by itself
+    sketch.update(values[2:].to(device), weights=weights[2:].to(device))
+    expected = torch.zeros(1, DEFAULT.width, dtype=torch.int64)
+    reference.sketch_update(values, None, weights, None, expected, sketch.unit)
     assert torch.equal(sketch.state.cpu(), expected)
 
 

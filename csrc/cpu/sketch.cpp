@@ -1,6 +1,7 @@
 // The operators sketch_update and sketch_quantile; their schemas are in src/xentile/_schemas.py.
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "dispatch.h"
@@ -87,11 +88,13 @@ Distribution::Order quantile(const Distribution& distribution, double q, int64_t
 // Counts many values in group 0: their histogram is made apart, without atomics, and added in the end.
 class Histogram {
  public:
-  Histogram(const sketch::State& state, int64_t unit)
-      : state_(state), unit_(unit), counter_(state), counts_(state.layout.bins + sketch::kNowhere) {}
+  // first_added: the bin whose counts are added to the state first. Threads are done at the same time, and would wait
+  // for each other's cache lines if all began with the same.
+  Histogram(const sketch::State& state, int64_t unit, int first_added)
+      : state_(state), unit_(unit), first_added_(first_added), counts_(state.layout.bins + sketch::kNowhere) {}
   ~Histogram() {
-    for (int bin = 0; bin < state_.layout.bins; bin++)
-      if (counts_[bin]) state_.add(0, sketch::kSpecial + bin, counts_[bin] * unit_);
+    add_bins(first_added_, state_.layout.bins);
+    add_bins(0, first_added_);
     state_.add(0, sketch::kZero, below_ * unit_);
     state_.add(0, totals_);
   }
@@ -107,12 +110,21 @@ class Histogram {
       if (static_cast<uint32_t>(sketch::bits_of(x[i])) >= end) add(x[i]);  // negative, NaN, or large
   }
 
-  void add(float x) { counter_.add_value(x, 0, unit_, 1); }
+  void add(float x) {
+    if (!counter_) counter_.emplace(state_);
+    counter_->add_value(x, 0, unit_, 1);
+  }
 
  private:
+  void add_bins(int begin, int end) const {
+    for (int bin = begin; bin < end; bin++)
+      if (counts_[bin]) state_.add(0, sketch::kSpecial + bin, counts_[bin] * unit_);
+  }
+
   const sketch::State& state_;
   const int64_t unit_;
-  sketch::Counter counter_;
+  const int first_added_;
+  std::optional<sketch::Counter> counter_;
   std::vector<uint32_t> counts_;
   int64_t below_ = 0;
   sketch::Totals totals_ = {};
@@ -153,7 +165,7 @@ void sketch_update(const Tensor& values, std::optional<Tensor> mask, std::option
     // A histogram has to be cleared and added to the state: of no use to fewer values.
     if (!weight && !group && end - begin >= state.layout.bins / 2) {
       for (int64_t i = begin; i < end; i += kMostInHistogram) {
-        Histogram histogram(state, unit);
+        Histogram histogram(state, unit, static_cast<int>(begin * state.layout.bins / n));
         count_all(histogram, x + i, keep ? keep + i : nullptr, std::min(kMostInHistogram, end - i));
       }
       return;

@@ -10,7 +10,7 @@
 namespace xentile::sketch {
 
 constexpr int kMinExponent = -24, kMaxExponent = 8;
-constexpr double kLimit = 0x1p24;  // values are clamped to +-kLimit in the sums
+constexpr double kLimit = 0x1p24, kWeighedLimit = 0x1p30;  // of values, and of these times their weights, in the sums
 
 enum Column {
   // values outside the bins
@@ -88,15 +88,32 @@ inline float value_of(int64_t ordered) {
 inline float max_of_key(int64_t key) { return value_of(key - (int64_t{1} << 31) - 1); }
 inline float min_of_key(int64_t key) { return value_of((int64_t{1} << 31) - key); }
 
-inline double floor_of(double x) {  // without a call of the C library, for |x| < 2**63
-  const double truncated = static_cast<double>(static_cast<int64_t>(x));
-  return truncated - (truncated > x);
-}
-
 // Integers wrap around, as those of torch do: sums that leave 64 bits are no reason for undefined behaviour.
 inline void accumulate(int64_t& sum, int64_t x) {
   sum = static_cast<int64_t>(static_cast<uint64_t>(sum) + static_cast<uint64_t>(x));
 }
+
+// A double next to it is a multiple of 2**exponent: to add a smaller number is to round that, half to even.
+constexpr double rounding_to(int exponent) {
+  double x = 0x1.8p52;
+  for (; exponent < 0; exponent++) x /= 2;
+  for (; exponent > 0; exponent--) x *= 2;
+  return x;
+}
+
+// Moves what is a multiple of 2**exponent from x to a sum in this unit, exactly.
+template <int exponent>
+void move_limb(double& x, int64_t& sum) {
+  constexpr double round = rounding_to(exponent);
+  const double rounded = x + round;
+  int64_t bits, bits_of_0;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  std::memcpy(&bits_of_0, &round, sizeof bits);
+  accumulate(sum, bits - bits_of_0);
+  x -= rounded - round;
+}
+
+inline double clamped(double x, double limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
 // Adds a value, neither NaN nor -inf, with its weight (1 if there are none). For weight 1 all arithmetic is exact but
 // the last rounding of each sum.
@@ -105,16 +122,13 @@ inline void add(Totals& totals, float value, double weight) {
   totals.max_key = high > totals.max_key ? high : totals.max_key;
   totals.min_key = low > totals.min_key ? low : totals.min_key;
   if (value == INFINITY) return;
-  const double x = value > kLimit ? kLimit : value < -kLimit ? -kLimit : value;
-  const double sum = x * weight * 0x1p20, hi = floor_of(sum);
-  accumulate(totals.sum_hi, static_cast<int64_t>(hi));
-  accumulate(totals.sum_lo, std::llrint((sum - hi) * 0x1p28));
-  const double uncapped = x * x * weight, cap = kLimit * kLimit;  // no NaN, for which std::fmin would be a call
-  const double square = uncapped < cap ? uncapped : cap, top = floor_of(square * 0x1p-8);
-  const double rest = (square - top * 0x1p8) * 0x1p20, mid = floor_of(rest);
-  accumulate(totals.square_hi, static_cast<int64_t>(top));
-  accumulate(totals.square_mid, static_cast<int64_t>(mid));
-  accumulate(totals.square_lo, std::llrint((rest - mid) * 0x1p28));
+  const double x = clamped(value, kLimit);
+  double sum = clamped(x * weight, kWeighedLimit), square = clamped(x * x * weight, kLimit * kLimit);
+  move_limb<-20>(sum, totals.sum_hi);
+  move_limb<-48>(sum, totals.sum_lo);
+  move_limb<17>(square, totals.square_hi);
+  move_limb<-20>(square, totals.square_mid);
+  move_limb<-48>(square, totals.square_lo);
 }
 
 // What a value of this weight adds to its bin, in multiples of 1 / unit.

@@ -16,8 +16,11 @@ associative, commutative and bitwise reproducible. The special columns:
 * IGNORED: tokens whose target is `ignore_index`; OUT_OF_RANGE: tokens whose target is outside [0, V);
   BAD_GROUP: tokens whose group is outside [0, G), in row 0, whatever else is to be said of them.
 * Sums over the finite values, each an integer in limbs, hence exact and independent of the order:
-  sum x   = SUM_HI * 2**-20 + SUM_LO * 2**-48              x clamped to +-2**24, rounded to a multiple of 2**-48, which
-  sum x^2 = SQ_HI * 2**8 + SQ_MID * 2**-20 + SQ_LO * 2**-48      is exact for every |x| >= 2**-25
+  sum x   = SUM_HI * 2**-20 + SUM_LO * 2**-48                     x clamped to +-2**24; exact for |x| >= 2**-25
+  sum x^2 = SQ_HI * 2**17 + SQ_MID * 2**-20 + SQ_LO * 2**-48      exact for |x| >= 1/2
+  A limb of a value is the integer nearest to what the limbs before it leave, half to even: to add a constant, in whose
+  neighbourhood doubles are as far apart as the limb's unit, and to take its bits, is all it takes. So a value in the
+  bins has no SQ_HI, and sums are right for 2**35 values or more, as long as sum x^2 is below 2**43 over the bins.
 * MAX_KEY, MIN_KEY: the extreme values (without NaN and -inf), as keys that grow with the maximum and with minus the
   minimum. With k the order-preserving signed integer of a float32: MAX_KEY = k + 2**31 + 1, MIN_KEY = 2**31 - k.
 """
@@ -27,13 +30,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 E_MIN, E_MAX = -24, 8
-LIMIT = 2.0**24  # values are clamped to +-LIMIT in the sums
+LIMIT = 2.0**24  # values are clamped to +-LIMIT in the sums,
+WEIGHED_LIMIT = 2.0**30  # and a value times its weight to this; its square times its weight to LIMIT squared
 
 ZERO, OVERFLOW, INF, NAN = 0, 1, 2, 3
 IGNORED, OUT_OF_RANGE, BAD_GROUP = 4, 5, 6
 SUM_LO, SUM_HI = 7, 8
 SQ_LO, SQ_MID, SQ_HI = 9, 10, 11
 MAX_KEY, MIN_KEY = 12, 13
+SUM_LIMBS = ((SUM_HI, -20), (SUM_LO, -48))  # with the exponent of what one of it stands for
+SQUARE_LIMBS = ((SQ_HI, 17), (SQ_MID, -20), (SQ_LO, -48))
 EXTREMES = slice(MAX_KEY, MIN_KEY + 1)
 SPECIAL = 16  # the first bin; rows stay 128-byte aligned
 

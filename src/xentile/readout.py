@@ -272,10 +272,10 @@ class Readout:
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Sum of x and of x^2 over the finite values of each row, float64, from their integer limbs."""
-        s = self.state.double()
-        total = s[:, layout.SUM_HI] * 2.0**-20 + s[:, layout.SUM_LO] * 2.0**-48
-        square = s[:, layout.SQ_HI] * 2.0**8 + s[:, layout.SQ_MID] * 2.0**-20 + s[:, layout.SQ_LO] * 2.0**-48
-        return total, square
+        return self._sum(layout.SUM_LIMBS), self._sum(layout.SQUARE_LIMBS)
+
+    def _sum(self, limbs: tuple[tuple[int, int], ...]) -> Tensor:
+        return torch.stack([self.state[:, column].double() * 2.0**exponent for column, exponent in limbs]).sum(0)
 
     def _counted(self, value: Tensor) -> Tensor:
         return self._per_group(value if self.unit == 1 else value.double() / self.unit)

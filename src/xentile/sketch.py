@@ -116,10 +116,9 @@ class LossSketch(Readout):
         _check.group_range(ids, self.groups)
         if recomputing():
             return
-        flat = None if weights is None else weights.detach().reshape(-1).float().contiguous()
+        flat = None if weights is None else _flat(weights)
         kept = None if mask is None else mask.reshape(-1).contiguous()
-        values = values.detach().reshape(-1).float().contiguous()
-        ops.sketch_update.default(values, kept, flat, ids, self.state, self.unit)
+        ops.sketch_update.default(_flat(values), kept, flat, ids, self.state, self.unit)
 
     def merge(self, other: LossSketch) -> None:
         """Add the counts of another sketch with as many groups. Associative, commutative, exact.
@@ -221,3 +220,12 @@ class LossSketch(Readout):
     def __repr__(self) -> str:
         options = f"groups={self.groups}, precision={self.precision}, weighted={self.weighted}"
         return f"LossSketch(device={str(self.device)!r}, {options})"
+
+
+def _flat(values: Tensor) -> Tensor:
+    """Contiguous float32 (N,) without a gradient; the tensor itself, and no call of torch, where it is that already."""
+    if values.requires_grad:
+        values = values.detach()
+    if values.dim() != 1:
+        values = values.reshape(-1)
+    return (values if values.dtype == torch.float32 else values.float()).contiguous()

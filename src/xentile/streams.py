@@ -14,9 +14,6 @@ from xentile.readout import Readout
 from xentile.reference.sketch import bin_edges
 from xentile.sketch import WEIGHT_UNIT, LossSketch
 
-SUMS = ((layout.SUM_HI, layout.SUM_LO), (layout.SQ_HI, layout.SQ_MID, layout.SQ_LO))
-"""The limbs of each sum, the highest first; one unit of a limb is 2**28 units of the next."""
-
 
 class Stream(Readout):
     """A sketch of the past steps, of which each adds to, and may take from, what is read.
@@ -263,12 +260,12 @@ class DecayedSketch(Stream):
     def _fade(self) -> None:
         """Multiply the additive columns by `decay`: a limb's fraction goes to the next, the rest is dropped."""
         faded = self.state.double() * self.decay
-        for limbs in SUMS:
+        for limbs in (layout.SUM_LIMBS, layout.SQUARE_LIMBS):
             carry = torch.zeros_like(faded[:, 0])
-            for column in limbs:
-                value = faded[:, column] + carry
+            for column, exponent in limbs:
+                value = faded[:, column] + carry * 2.0**-exponent
                 faded[:, column] = value.trunc()
-                carry = (value - faded[:, column]) * 2.0**28
+                carry = (value - faded[:, column]) * 2.0**exponent
         self.state.copy_(faded.trunc_())
 
     def _condensed(self) -> dict[str, Tensor]:

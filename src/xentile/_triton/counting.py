@@ -8,11 +8,17 @@ import triton.language as tl
 from xentile import _layout as layout
 
 E_MIN, E_MAX = tl.constexpr(layout.E_MIN), tl.constexpr(layout.E_MAX)
-LOWEST, HIGHEST, LIMIT = tl.constexpr(2.0**layout.E_MIN), tl.constexpr(2.0**layout.E_MAX), tl.constexpr(layout.LIMIT)
+LOWEST, HIGHEST = tl.constexpr(2.0**layout.E_MIN), tl.constexpr(2.0**layout.E_MAX)
+LIMIT, WEIGHED_LIMIT = tl.constexpr(layout.LIMIT), tl.constexpr(layout.WEIGHED_LIMIT)
 ZERO, OVERFLOW, INF, NAN = (tl.constexpr(c) for c in (layout.ZERO, layout.OVERFLOW, layout.INF, layout.NAN))
 IGNORED, OUT_OF_RANGE, BAD_GROUP = (tl.constexpr(c) for c in (layout.IGNORED, layout.OUT_OF_RANGE, layout.BAD_GROUP))
-SUM_LO, SUM_HI = tl.constexpr(layout.SUM_LO), tl.constexpr(layout.SUM_HI)
-SQ_LO, SQ_MID, SQ_HI = tl.constexpr(layout.SQ_LO), tl.constexpr(layout.SQ_MID), tl.constexpr(layout.SQ_HI)
+SUM_HI, SUM_LO = (tl.constexpr(column) for column, _ in layout.SUM_LIMBS)
+SQ_HI, SQ_MID, SQ_LO = (tl.constexpr(column) for column, _ in layout.SQUARE_LIMBS)
+# Doubles next to it are as far apart as what one of the limb stands for.
+SUM_HI_ROUND, SUM_LO_ROUND = (tl.constexpr(1.5 * 2.0 ** (52 + exponent)) for _, exponent in layout.SUM_LIMBS)
+SQ_HI_ROUND, SQ_MID_ROUND, SQ_LO_ROUND = (
+    tl.constexpr(1.5 * 2.0 ** (52 + exponent)) for _, exponent in layout.SQUARE_LIMBS
+)
 MAX_KEY, MIN_KEY = tl.constexpr(layout.MAX_KEY), tl.constexpr(layout.MIN_KEY)
 SPECIAL = tl.constexpr(layout.SPECIAL)
 
@@ -48,7 +54,7 @@ def value_of_key(key):
 
 @triton.jit
 def rint(x):
-    """To the nearest integer, half to even, for |x| < 2^51 in float64: there is no room for a fraction beside 2^52."""
+    """To the nearest integer, half to even, for 0 <= x < 2^52 in float64: 2^52 leaves no room for a fraction."""
     return (x + 4503599627370496.0) - 4503599627370496.0
 
 
@@ -93,28 +99,36 @@ def raise_to(sketch_ptr, group, column: tl.constexpr, key, mask, BITS: tl.conste
 
 
 @triton.jit
-def add_moments(sketch_ptr, group, value, amount, unit, mask, BITS: tl.constexpr, GROUPED: tl.constexpr):
+def move_limb(
+    sketch_ptr, group, column: tl.constexpr, x, ROUND: tl.constexpr, mask, BITS: tl.constexpr, GROUPED: tl.constexpr
+):  # fmt: skip
+    """Add what is a multiple of the limb's unit in float64 x to the limb, and return the rest. All of it is exact."""
+    rounded = x + ROUND  # its bits count the unit: there is nothing to multiply or to convert
+    limb = rounded.to(tl.int64, bitcast=True) - tl.full([], ROUND, tl.float64).to(tl.int64, bitcast=True)
+    add(sketch_ptr, group, column, limb, mask, BITS, GROUPED)
+    return x - (rounded - ROUND)
+
+
+@triton.jit
+def add_moments(sketch_ptr, group, value, weight, mask, BITS: tl.constexpr, GROUPED: tl.constexpr):
     """Everything about the values of a tile but their bins: the limbs of their sums, and the extremes.
 
-    A value weighs amount / unit. The limbs are integers: the result does not depend on the order of programs and
-    atomics.
+    weight: float64, or None if all weigh 1. The limbs are integers: the result does not depend on the order of programs
+    and atomics.
     """
-    seen = mask & (amount > 0) & (value == value) & (value != float("-inf"))
+    seen = mask & (value == value) & (value != float("-inf"))
     finite = seen & (value != float("inf"))
     x = tl.where(finite, value, 0.0).to(tl.float64)
     x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-    weight = amount.to(tl.float64) / unit.to(tl.float64)
-    total = x * weight * 1048576.0
-    hi = tl.floor(total)
-    add(sketch_ptr, group, SUM_HI, hi.to(tl.int64), finite, BITS, GROUPED)
-    add(sketch_ptr, group, SUM_LO, rint((total - hi) * 268435456.0).to(tl.int64), finite, BITS, GROUPED)
-    square = tl.minimum(x * x * weight, LIMIT * LIMIT)
-    hi = tl.floor(square * 0.00390625)
-    rest = (square - hi * 256.0) * 1048576.0
-    mid = tl.floor(rest)
-    add(sketch_ptr, group, SQ_HI, hi.to(tl.int64), finite, BITS, GROUPED)
-    add(sketch_ptr, group, SQ_MID, mid.to(tl.int64), finite, BITS, GROUPED)
-    add(sketch_ptr, group, SQ_LO, rint((rest - mid) * 268435456.0).to(tl.int64), finite, BITS, GROUPED)
+    square = x * x
+    if weight is not None:
+        x = tl.minimum(tl.maximum(x * weight, -WEIGHED_LIMIT), WEIGHED_LIMIT)
+        square = tl.minimum(square * weight, LIMIT * LIMIT)
+    x = move_limb(sketch_ptr, group, SUM_HI, x, SUM_HI_ROUND, finite, BITS, GROUPED)
+    move_limb(sketch_ptr, group, SUM_LO, x, SUM_LO_ROUND, finite, BITS, GROUPED)
+    square = move_limb(sketch_ptr, group, SQ_HI, square, SQ_HI_ROUND, finite, BITS, GROUPED)
+    square = move_limb(sketch_ptr, group, SQ_MID, square, SQ_MID_ROUND, finite, BITS, GROUPED)
+    move_limb(sketch_ptr, group, SQ_LO, square, SQ_LO_ROUND, finite, BITS, GROUPED)
     bits = value.to(tl.int32, bitcast=True)
     key = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64)
     raise_to(sketch_ptr, group, MAX_KEY, key + 2147483649, seen, BITS, GROUPED)

@@ -92,7 +92,7 @@ def count_tokens(
         stray = mask & (known == 0)
         add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, BITS, False)
     value = tl.load(loss_ptr + row, mask=mask, other=0.0)
-    add_moments(sketch_ptr, group, value, one, tl.full([], 1, tl.int64), known & in_range, BITS, GROUPED)
+    add_moments(sketch_ptr, group, value, None, known & in_range, BITS, GROUPED)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

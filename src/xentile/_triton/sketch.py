@@ -83,7 +83,8 @@ def update_kernel(
         else:
             column = group * width_of(BITS) + column_of(value, BITS)
             tl.atomic_add(sketch_ptr + column, amount, mask=known, sem="relaxed")
-        add_moments(sketch_ptr, group, value, amount, unit, known, BITS, GROUPED)
+        weight = None if weight_ptr is None else amount.to(tl.float64) / unit.to(tl.float64)
+        add_moments(sketch_ptr, group, value, weight, known, BITS, GROUPED)
     if PRIVATE:
         column = tl.arange(0, COLUMNS)
         some = (histogram != 0) & (column < width_of(BITS))  # the last column took the values that don't count

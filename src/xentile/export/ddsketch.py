@@ -12,7 +12,7 @@ from xentile import _check
 from xentile import _layout as layout
 from xentile.export import protobuf
 from xentile.export.row import Row
-from xentile.reference.sketch import bin_edges
+from xentile.reference.sketch import bin_edges, limbs_of
 from xentile.sketch import LossSketch
 
 if TYPE_CHECKING:
@@ -124,10 +124,9 @@ def _fill(state: torch.Tensor, bins: layout.Layout, amounts: dict[int, int], uni
         middle = 0.0 if bucket < 0 else (edges[bucket + 1] + edges[bucket + 2]) / 2
         total += amount / unit * middle
         square += amount / unit * middle**2
-    state[layout.SUM_HI] = math.floor(total * 2.0**20)
-    state[layout.SUM_LO] = round(math.fmod(total * 2.0**20, 1.0) * 2.0**28)
-    state[layout.SQ_HI] = math.floor(square * 2.0**-8)
-    state[layout.SQ_MID] = math.floor(math.fmod(square, 2.0**8) * 2.0**20)
+    for sum_, limbs in ((total, layout.SUM_LIMBS), (square, layout.SQUARE_LIMBS)):
+        for column, limb in limbs_of(torch.tensor(sum_, dtype=torch.float64), limbs).items():
+            state[column] = limb
     low, high = torch.tensor([edges[min(amounts) + 1], edges[max(amounts) + 2]]).view(torch.int32).tolist()
     state[layout.MAX_KEY] = high + 2**31 + 1
     state[layout.MIN_KEY] = 2**31 - low

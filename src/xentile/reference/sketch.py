@@ -17,11 +17,9 @@ from xentile._layout import (
     NAN,
     OVERFLOW,
     SPECIAL,
-    SQ_HI,
-    SQ_LO,
-    SQ_MID,
-    SUM_HI,
-    SUM_LO,
+    SQUARE_LIMBS,
+    SUM_LIMBS,
+    WEIGHED_LIMIT,
     ZERO,
     Layout,
 )
@@ -86,18 +84,23 @@ def _groups(group_ids: Tensor | None, like: Tensor, groups: int) -> tuple[Tensor
 def _add_sums(sketch: Tensor, values: Tensor, weight: Tensor, group: Tensor) -> None:
     """Add the limbs of w x and w x^2, all in float64, where for w = 1 only the last rounding of each is not exact."""
     x = values.clamp(-LIMIT, LIMIT)
-    total = x * weight * 2.0**20
-    sum_hi = torch.floor(total)
-    sum_lo = torch.round((total - sum_hi) * 2.0**28)
-    square = (x * x * weight).clamp(max=LIMIT * LIMIT)
-    sq_hi = torch.floor(square * 2.0**-8)
-    rest = (square - sq_hi * 2.0**8) * 2.0**20
-    sq_mid = torch.floor(rest)
-    sq_lo = torch.round((rest - sq_mid) * 2.0**28)
-    limbs = {SUM_HI: sum_hi, SUM_LO: sum_lo, SQ_HI: sq_hi, SQ_MID: sq_mid, SQ_LO: sq_lo}
+    limbs = {
+        **limbs_of((x * weight).clamp(-WEIGHED_LIMIT, WEIGHED_LIMIT), SUM_LIMBS),
+        **limbs_of((x * x * weight).clamp(max=LIMIT * LIMIT), SQUARE_LIMBS),
+    }
     for column, limb in limbs.items():
         added = torch.zeros(sketch.shape[0], dtype=torch.int64, device=sketch.device)
-        sketch[:, column] += added.scatter_add_(0, group, limb.long())
+        sketch[:, column] += added.scatter_add_(0, group, limb)
+
+
+def limbs_of(x: Tensor, limbs: tuple[tuple[int, int], ...]) -> dict[int, Tensor]:
+    """What float64 values add to each of these columns, int64."""
+    amounts = {}
+    for column, exponent in limbs:
+        limb = torch.round(x * 2.0**-exponent)
+        amounts[column] = limb.long()
+        x = x - limb * 2.0**exponent
+    return amounts
 
 
 def extremes(sketch: Tensor) -> tuple[Tensor, Tensor]:
