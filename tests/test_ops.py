@@ -61,6 +61,10 @@ def operator_arguments(dtype: torch.dtype, *, full: bool, reduction: int = 1) ->
             *(sketch.clone(), 2**20 if full else 1),
         ),
         "radix_counts": (logits[:, 0].contiguous(), *((values > 0.5, ids) if full else (None, None)), *digit),
+        "host_quantile": (
+            *((logits, logits > 0, torch.rand(rows, size).double()) if full else (logits, None, None)),
+            *(torch.rand(2, 3).double(), torch.zeros(2, 3, dtype=acc), torch.zeros(2, dtype=torch.int64), 5, full),
+        ),
         **distillation_arguments(dtype, full=full, reduction=reduction),
         "sketch_quantile": (sketch.clone(), torch.rand(3).double(), *(torch.zeros(2, 3) for _ in range(3)), 0),
     }

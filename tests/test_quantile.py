@@ -24,12 +24,12 @@ Q = [0.0, 0.001, 0.1, 0.25, 1 / 3, 0.5, 0.9, 0.99, 1.0]
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="module", params=["sorted", "radix"])
+@pytest.fixture(scope="module", params=["in one call", "digit by digit"])
 def selection(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Few values are sorted on a CPU; selected by their digits they have the same quantiles."""
+    """A CPU has an operator for all of it; selected as on other devices the values have the same quantiles."""
     with pytest.MonkeyPatch.context() as patch:
-        limit = 2048 if request.param == "sorted" else 0
-        patch.setattr(importlib.import_module("xentile.quantile"), "SORTED_UP_TO", limit)
+        if request.param == "digit by digit":
+            patch.setattr(importlib.import_module("xentile.quantile"), "IN_ONE_CALL", ())
         yield
 
 

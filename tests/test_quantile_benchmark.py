@@ -45,6 +45,7 @@ def test_every_row_of_issue_3_has_a_comparison() -> None:
     goals = {(c.operation, c.device, c.goal) for c in COMPARISONS if c.goal is not None}
     exact, update, read = quantile.EXACT, quantile.UPDATE, quantile.READ
     assert goals == {
+        (exact, "cpu", 1),  # of few values: not in the issue
         (exact, "cpu", 10),
         (exact, "cpu", 3),
         (update, "cpu", 5),

@@ -6,11 +6,13 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from oracle import DTYPES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import xentile as xt
 from xentile._ops import ops
@@ -52,6 +54,67 @@ def test_native_counts_equal_the_reference(dtype: torch.dtype, option: str, devi
         assert torch.equal(actual.cpu(), wanted)
         sample = torch.cat([x[:1], x[-7:], x[-1:], torch.tensor([1.0], dtype=dtype)])
         prefixes = spec._shift(spec.key_of(sample), shift)
+
+
+@pytest.mark.parametrize("n", [0, 1, 300, 5003, 40_001])  # none, one, all sorted, a few sorted, two threads
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", ["all", "mask", "weights", "both"])
+def test_one_call_equals_the_reference(dtype: torch.dtype, option: str, n: int) -> None:
+    """Of random bit patterns, of numbers that have few prefixes, and of ties: of NaN, infinities and both zeros too."""
+    mask = torch.rand(n) < 0.5 if option in ("mask", "both") else None
+    weights = torch.rand(n, dtype=torch.float64) if option in ("weights", "both") else None
+    q = torch.cat([torch.linspace(-0.01, 1.01, 103, dtype=torch.float64), torch.tensor([torch.nan])])
+    names = ("inverted_cdf",) if weights is not None else spec.INTERPOLATIONS if n == 300 else ("linear",)
+    for x in (bit_patterns(dtype, n), 1 + torch.rand(n).to(dtype) / 8, torch.randint(-1, 2, (n,)).to(dtype)):
+        for name in names:
+            for omit_nan in (False, True):
+                arguments = (x, mask, weights, q)
+                value, counted = spec.host_quantile(*arguments, spec.INTERPOLATIONS.index(name), omit_nan)
+                actual = torch.empty_like(q, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+                found = torch.empty_like(counted)
+                ops.host_quantile(*arguments, actual, found, spec.INTERPOLATIONS.index(name), omit_nan)
+                torch.testing.assert_close(actual, value.to(actual.dtype), rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(found, counted)
+
+
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_a_bad_weight_makes_every_value_nan_and_is_reported(bad: float) -> None:
+    x, q, weights = torch.rand(3), torch.rand(4).double(), torch.tensor([1.0, bad, 1.0]).double()
+    value, counted = torch.zeros(4), torch.zeros(2, dtype=torch.int64)
+    ops.host_quantile(x, None, weights, q, value, counted, spec.INTERPOLATIONS.index("inverted_cdf"), False)
+    assert value.isnan().all()
+    assert counted.tolist() == [-1, -1]
+    wanted, reported = spec.host_quantile(x, None, weights, q, spec.INTERPOLATIONS.index("inverted_cdf"), False)
+    assert wanted.isnan().all()
+    assert torch.equal(reported, counted)
+    ops.host_quantile(x, weights == 1, weights, q, value, counted, spec.INTERPOLATIONS.index("inverted_cdf"), False)
+    assert counted.tolist() == [2**31, 0]  # in units of 2**-30: one that is masked out is not looked at
+
+
+def test_a_call_on_a_cpu_takes_few_torch_calls() -> None:
+    """Each takes about as long as selecting from a hundred values."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    x, q = torch.rand(100), torch.tensor([0.1, 0.5], dtype=torch.float64)
+    for options in ({}, {"mask": x > 0.1}, {"weights": x, "interpolation": "inverted_cdf"}):
+        with Count() as count:
+            xt.quantile(x, q, **options)  # type: ignore[arg-type]
+        assert count.calls <= 6, options
+
+
+def test_torch_func_maps_over_rows() -> None:
+    x, weights = torch.randn(3, 200), torch.rand(3, 200)
+    rows = torch.vmap(lambda row: xt.quantile(row, [0.1, 0.5]))(x)
+    assert torch.equal(rows, torch.stack([xt.quantile(row, [0.1, 0.5]) for row in x]))
+    options = {"interpolation": "inverted_cdf"}
+    rows = torch.vmap(lambda row, w: xt.quantile(row, 0.3, weights=w, **options))(x, weights)  # type: ignore[arg-type]
+    assert rows.tolist() == [xt.quantile(r, 0.3, weights=w, **options) for r, w in zip(x, weights, strict=True)]  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

@@ -283,10 +283,13 @@ def numbers(x: Any, name: str, device: torch.device) -> Tensor:
     if isinstance(x, Tensor):
         floating(x, name, TypeError)
         return x.to(device=device, dtype=torch.float64)
+    values, single = _as_numbers(x, name), isinstance(x, (int, float))
+    if device.type == "cpu":
+        return torch.tensor(values[0] if single else values, dtype=torch.float64)
     # filled on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph
-    parts = [torch.full((1,), value, dtype=torch.float64, device=device) for value in _as_numbers(x, name)]
+    parts = [torch.full((1,), value, dtype=torch.float64, device=device) for value in values]
     result = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=device)
-    return result.reshape(()) if isinstance(x, (int, float)) else result
+    return result.reshape(()) if single else result
 
 
 def _as_numbers(x: Any, name: str) -> list[float]:

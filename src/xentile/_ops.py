@@ -60,6 +60,11 @@ def _(x, mask, weights, prefixes, shift, bits, counts):  # type: ignore[no-untyp
     torch._check(x.dim() == 1 and counts.shape == (prefixes.shape[0], 1 << bits))
 
 
+@torch.library.register_fake("xentile::host_quantile")
+def _(x, mask, weights, q, value, counted, interpolation, omit_nan):  # type: ignore[no-untyped-def]
+    torch._check(value.shape == q.shape and counted.shape == (2,))
+
+
 @torch.library.register_fake("xentile::teacher_topk")
 def _(logits, temperatures, ids, logprobs, log_z, tail_logprob, softcap, logit_scale):  # type: ignore[no-untyped-def]
     torch._check(logits.dim() == 2 and ids.shape == logprobs.shape and ids.shape[1] <= logits.shape[1])

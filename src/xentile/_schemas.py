@@ -90,6 +90,14 @@ SCHEMAS = {
     "radix_counts": (
         "(Tensor x, Tensor? mask, Tensor? weights, Tensor prefixes, int shift, int bits, Tensor(a!) counts) -> ()"
     ),
+    # All of `quantile` in one call, for a CPU. The quantiles q (Q,) float64 of x, into value of the shape of q: float64
+    # for float64 x, else float32. mask bool and weights float64 have the shape of x. counted (2,) int64: what counts
+    # without NaN, in units of weights, and what is NaN; -1 where a weight is negative, infinite or NaN. Then, where
+    # nothing counts, and for a NaN that is not omitted, every value is NaN. interpolation: reference/quantile.py.
+    "host_quantile": (
+        "(Tensor x, Tensor? mask, Tensor? weights, Tensor q, Tensor(a!) value, Tensor(b!) counted, int interpolation, "
+        "bool omit_nan) -> ()"
+    ),
     # The K largest of each row by (logit, then lowest id), and the rest's masses at temperatures (T,) float32: ids and
     # logprobs (N, K) int32 and float32, log_z and tail_logprob (N, T) float32. Meaning: reference/teacher.py.
     "teacher_topk": (

@@ -9,6 +9,7 @@ import torch.distributed
 from torch import Tensor
 
 from xentile import _check
+from xentile._autograd import transformed
 from xentile._ops import ops
 from xentile.reference import quantile as spec
 
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NAN_POLICIES = ("propagate", "omit", "raise")
-WEIGHT_BITS = 31
-SORTED_UP_TO = 2048
-"""Values that are sorted, on a CPU: radix selection of any number takes longer than that."""
+BAD_WEIGHT = "weights must be finite and at least 0"
+HAS_NAN = "x has NaN values: pass nan_policy='omit' to leave them out"
+IN_ONE_CALL = ("cpu",)
+"""Devices whose values one operator serves; on others, and over a process group, Python goes from digit to digit."""
 
 
 def quantile(
@@ -34,7 +36,7 @@ def quantile(
     """The exact quantiles of all values of x, with NumPy's definitions: equal to `np.quantile` of x in float64.
 
     Order statistics are selected digit by digit from histograms of the bits of x (three passes over x for float32, two
-    for 16 bits, five for float64): nothing is copied or gathered, and only a few thousand values on a CPU are sorted.
+    for 16 bits, five for float64): nothing is copied or gathered, and no more than a thousand values, on a CPU, sorted.
     Over a process group the histograms are added between the passes, for float32 in all-reduces of 16 KiB, 32 KiB a
     quantile and 16 KiB a quantile, however many values and ranks there are. Ranks may hold different numbers of values,
     or none. Not differentiable.
@@ -79,52 +81,54 @@ def quantile(
     _check_arguments(x, mask, weights, interpolation, nan_policy)
     if process_group is not None and torch.distributed.get_rank(process_group) < 0:
         raise ValueError("process_group must contain this rank")
-    wanted = _check.quantiles(q, x.device)
-    values = x.detach().reshape(-1).contiguous()
+    wanted, values = _check.quantiles(q, x.device), x.detach()
+    if process_group is None and x.device.type in IN_ONE_CALL:
+        return _in_one_call(values, wanted, mask, weights, interpolation, nan_policy)
+    return _digit_by_digit(values, wanted, mask, weights, interpolation, nan_policy, process_group)
+
+
+def _in_one_call(
+    x: Tensor, q: Tensor, mask: Tensor | None, weights: Tensor | None, interpolation: str, nan_policy: str
+) -> Tensor:
+    """The quantiles q, of its shape."""
+    x, q, mask = x.contiguous(), q.contiguous(), None if mask is None else mask.contiguous()
+    weights = None if weights is None else weights.detach().double().contiguous()
+    options = (spec.INTERPOLATIONS.index(interpolation), nan_policy == "omit")
+    if transformed():
+        value, counted = spec.host_quantile(x, mask, weights, q, *options)
+        value = value.to(_result_dtype(x))
+    else:
+        value = torch.empty_like(q, dtype=_result_dtype(x))
+        counted = torch.empty(2, dtype=torch.int64, device=x.device)
+        ops.host_quantile.default(x, mask, weights, q, value, counted, *options)
+    if nan_policy == "raise" or (weights is not None and not _check.values_hidden()):
+        n, nans = counted.tolist()
+        if n < 0:
+            raise ValueError(BAD_WEIGHT)
+        if nan_policy == "raise" and nans > 0:
+            raise ValueError(HAS_NAN)
+    return value
+
+
+def _digit_by_digit(
+    x: Tensor,
+    q: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    interpolation: str,
+    nan_policy: str,
+    process_group: Any,
+) -> Tensor:
+    """The same for the values of all ranks, and without waiting for the device. Ranks of values stay on it."""
     keep = None if mask is None else mask.reshape(-1).contiguous()
-    units = None if weights is None else _fixed_point(weights.detach().reshape(-1), keep, process_group)
-
-    local = process_group is None and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    few = local and values.numel() <= SORTED_UP_TO
-    selection = _Sorted(values, keep, units) if few else _Radix(values, keep, units, process_group)
-    result = _select(selection, wanted.reshape(-1), interpolation, nan_policy, units is not None)
-    return result.reshape(wanted.shape).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _select(selection: _Sorted | _Radix, q: Tensor, interpolation: str, nan_policy: str, weighted: bool) -> Tensor:
-    """The quantiles q (Q,), float64. Ranks stay on the device."""
+    units = None if weights is None else _units(weights.detach().reshape(-1), keep, process_group)
+    selection = _Radix(x.reshape(-1).contiguous(), keep, units, process_group)
     n, nans = selection.n, selection.nans
     if nan_policy == "raise" and bool(nans != 0):
-        raise ValueError("x has NaN values: pass nan_policy='omit' to leave them out")
-    given, q = q, q.clamp(0, 1)
-    lower, upper, fraction = spec.weighted_ranks(q, n) if weighted else spec.ranks(q, n, interpolation)
-    if interpolation in spec.DISCRETE:
-        value = selection.find(lower)
-    else:
-        low, high = selection.find(torch.cat([lower, upper])).chunk(2)
-        value = spec.interpolate(low, high, fraction)
-    some = n != 0 if nan_policy == "omit" else (n != 0) & (nans == 0)
-    return torch.where((given == q) & some, value, torch.nan)
-
-
-class _Sorted:
-    """Order statistics of few values (N,), by sorting them: for a CPU, where a pass over counters would take longer."""
-
-    def __init__(self, values: Tensor, keep: Tensor | None, amounts: Tensor | None) -> None:
-        if keep is not None:
-            values, amounts = values[keep], None if amounts is None else amounts[keep]
-        self._values, order = values.double().sort()
-        nan = self._values.isnan()
-        self._upto = None if amounts is None else amounts[order].cumsum(0)
-        self.nans = nan.sum() if amounts is None else amounts[order][nan].sum()
-        self.n = (values.numel() if amounts is None else amounts.sum()) - self.nans
-
-    def find(self, ranks: Tensor) -> Tensor:
-        """The values of these ranks (K,), float64; anything where there is no such rank."""
-        if self._values.numel() == 0:
-            return torch.full_like(ranks, torch.nan, dtype=torch.float64)
-        place = ranks if self._upto is None else torch.searchsorted(self._upto, ranks, right=True)
-        return self._values[place.clamp(0, self._values.numel() - 1)]
+        raise ValueError(HAS_NAN)
+    omit_nan, weighted = nan_policy == "omit", weights is not None
+    value = spec.select(selection.find, n, nans, q.reshape(-1), interpolation, omit_nan, weighted)
+    return value.reshape(q.shape).to(_result_dtype(x))
 
 
 class _Radix:
@@ -166,19 +170,18 @@ def _descend(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return digit.reshape(-1), ranks.reshape(-1, 1)
 
 
-def _fixed_point(weights: Tensor, mask: Tensor | None, process_group: Any) -> Tensor:
-    """Weights (N,) as integers below 2**WEIGHT_BITS, in units that depend only on the largest weight of all ranks."""
-    valid = torch.where(weights >= 0, weights.double(), torch.inf)
-    if mask is not None:
-        valid = torch.where(mask, valid, 0.0)
-    largest = valid.max() if valid.numel() else valid.sum()
+def _units(weights: Tensor, mask: Tensor | None, process_group: Any) -> Tensor:
+    """Weights (N,) as integers, in units that depend only on the largest weight of all ranks."""
+    largest = spec.largest_weight(weights, mask)
     if process_group is not None:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=process_group)
     if largest.device.type == "cpu" and not torch.compiler.is_compiling() and bool(largest == torch.inf):
-        raise ValueError("weights must be finite and at least 0")
-    # mantissa / largest is a power of two without rounding. If nothing is valid the units are 0: as if x were empty.
-    scale = torch.frexp(largest).mantissa * 2.0**WEIGHT_BITS / largest
-    return torch.nan_to_num(valid * scale, nan=0.0, posinf=0.0).round().long()
+        raise ValueError(BAD_WEIGHT)
+    return spec.units(weights, mask, largest)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_arguments(x: Any, mask: Any, weights: Any, interpolation: Any, nan_policy: Any) -> None:

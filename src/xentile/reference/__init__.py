@@ -12,7 +12,7 @@ from xentile.reference.cross_entropy import (
     soft_cross_entropy,
     transform,
 )
-from xentile.reference.quantile import radix_counts
+from xentile.reference.quantile import host_quantile, radix_counts
 from xentile.reference.sketch import bin_edges, column_of, sketch_quantile, sketch_update
 from xentile.reference.teacher import TeacherTopK, teacher_topk
 
@@ -23,6 +23,7 @@ __all__ = [
     "column_of",
     "cross_entropy",
     "cross_entropy_gradient",
+    "host_quantile",
     "radix_counts",
     "sketch_quantile",
     "sketch_update",

@@ -132,6 +132,21 @@ def radix_counts(
     reference.radix_counts(x, mask, weights, prefixes, shift, bits, counts)
 
 
+def host_quantile(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    q: Tensor,
+    value: Tensor,
+    counted: Tensor,
+    interpolation: int,
+    omit_nan: bool,
+) -> None:
+    results = reference.host_quantile(x, mask, weights, q, interpolation, omit_nan)
+    for out, result in zip((value, counted), results, strict=True):
+        out.copy_(result)
+
+
 def teacher_topk(
     logits: Tensor,
     temperatures: Tensor,

@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+WEIGHT_BITS = 31
+
 DIGITS = {
     torch.float32: (11, 11, 10),
     torch.bfloat16: (11, 5),
@@ -49,11 +51,67 @@ _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.floa
 
 def quantile(x: Tensor, q: Tensor, interpolation: str) -> Tensor:
     """The quantiles q (Q,) float64 of x (N,) by sorting, float64; NaN if x is empty or has one."""
-    values, n = x.double().sort().values, torch.tensor(x.shape[0], device=x.device)
-    if x.shape[0] == 0 or values[-1].isnan():
-        return torch.full_like(q, torch.nan)
-    lower, upper, fraction = ranks(q, n, interpolation)
-    return interpolate(values[lower], values[upper], fraction)
+    return host_quantile(x, None, None, q, INTERPOLATIONS.index(interpolation), omit_nan=False)[0]
+
+
+def host_quantile(
+    x: Tensor, mask: Tensor | None, weights: Tensor | None, q: Tensor, interpolation: int, omit_nan: bool
+) -> tuple[Tensor, Tensor]:
+    """The quantiles q of x by sorting, float64, and (2,) what counts: not NaN, and NaN; -1 where a weight is wrong."""
+    values = torch.cat([x.reshape(-1).double(), torch.full((1,), torch.nan, dtype=torch.float64, device=x.device)])
+    amounts = torch.ones_like(x, dtype=torch.int64) if mask is None else mask.long()
+    valid = torch.ones((), dtype=torch.bool, device=x.device)
+    if weights is not None:
+        largest = largest_weight(weights, mask)
+        amounts, valid = units(weights, mask, largest), largest != torch.inf
+    amounts = torch.cat([amounts.reshape(-1), amounts.new_zeros(1)])
+    ordered, order = values.sort()
+    upto = amounts[order].cumsum(0)
+    nans = torch.where(values.isnan(), amounts, 0).sum()
+    n = amounts.sum() - nans
+
+    def find(rank: Tensor) -> Tensor:
+        return ordered[torch.searchsorted(upto, rank, right=True).clamp(max=x.numel())]
+
+    value = select(find, n, nans, q.reshape(-1), INTERPOLATIONS[interpolation], omit_nan, weights is not None)
+    return value.reshape(q.shape), torch.where(valid, torch.stack([n, nans]), -1)
+
+
+def select(
+    find: Callable[[Tensor], Tensor],
+    n: Tensor,
+    nans: Tensor,
+    q: Tensor,
+    interpolation: str,
+    omit_nan: bool,
+    weighted: bool,
+) -> Tensor:
+    """The quantiles q (Q,) float64 of n values besides NaN, from `find`, which gives the values of ranks, float64."""
+    given, q = q, q.clamp(0, 1)
+    lower, upper, fraction = weighted_ranks(q, n) if weighted else ranks(q, n, interpolation)
+    if interpolation in DISCRETE:
+        value = find(lower)
+    else:
+        low, high = find(torch.cat([lower, upper])).chunk(2)
+        value = interpolate(low, high, fraction)
+    some = n != 0 if omit_nan else (n != 0) & (nans == 0)
+    return torch.where((given == q) & some, value, torch.nan)
+
+
+def largest_weight(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """The largest of those that count, () float64: infinite if one of them is negative, infinite or NaN."""
+    valid = torch.where(weights >= 0, weights.double(), torch.inf)
+    if mask is not None:
+        valid = torch.where(mask, valid, 0.0)
+    return valid.max() if valid.numel() else valid.sum()
+
+
+def units(weights: Tensor, mask: Tensor | None, largest: Tensor) -> Tensor:
+    """Weights as integers, at most 2**WEIGHT_BITS, in units that depend only on the largest: 0 if that is infinite."""
+    weights = weights.double() if mask is None else torch.where(mask, weights.double(), 0.0)
+    # mantissa / largest is a power of two without rounding. If nothing counts the units are 0: as if x were empty.
+    scale = torch.frexp(largest).mantissa * 2.0**WEIGHT_BITS / largest
+    return torch.nan_to_num(weights * scale, nan=0.0, posinf=0.0).round().long()
 
 
 def ranks(q: Tensor, n: Tensor, interpolation: str) -> tuple[Tensor, Tensor, Tensor]:
