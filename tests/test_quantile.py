@@ -147,6 +147,16 @@ def test_real_weights_of_any_magnitude_equal_numpy(scale: float) -> None:
 
 
 @pytest.mark.usefixtures("selection")
+def test_a_weighted_quantile_changes_where_a_share_is_reached() -> None:
+    """Weights of a few units, the largest as large as can be: one unit too many or too few is another value."""
+    x, weights = torch.arange(6.0), torch.tensor([1, 1, 2, 1, 3, 2**31 - 1], dtype=torch.float64)
+    steps, none, all_ = weights.cumsum(0) / weights.sum(), torch.zeros(()).double(), torch.ones(()).double()
+    q = torch.cat([steps, steps.nextafter(none), steps.nextafter(all_)])
+    actual = xt.quantile(x, q, weights=weights, interpolation="inverted_cdf")
+    assert_equal(actual, expected(x, q, "inverted_cdf", weights))
+
+
+@pytest.mark.usefixtures("selection")
 def test_weights_and_mask_together() -> None:
     x, weights, mask = torch.randn(400), torch.rand(400), torch.rand(400) < 0.5
     weights[~mask] = INF  # never looked at
