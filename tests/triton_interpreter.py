@@ -271,13 +271,13 @@ VALUES = [0.0, -0.0, -1.0, -5e-6, 1e-40, 2.0**-24, 255.99, 256.0, 3e38, 2.0**24 
 
 
 class TestSketch:
-    @pytest.mark.parametrize("private", [False, True])
+    @pytest.mark.parametrize("bulk", [False, True])
     @pytest.mark.parametrize(("groups", "grouped"), [(1, False), (1, True), (3, True)])
     @pytest.mark.parametrize("weighted", [False, True])
     def test_update_equals_the_specification(
-        self, groups: int, grouped: bool, private: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
+        self, groups: int, grouped: bool, bulk: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(triton_sketch, "PRIVATE_FROM", 1 if private else 1 << 18)
+        monkeypatch.setattr(triton_sketch, "BULK_FROM", 1 if bulk else 1 << 18)
         values = torch.cat([torch.tensor(VALUES), torch.rand(200) * 10.0 ** torch.randint(-9, 4, (200,))])
         mask = torch.rand(values.shape) < 0.8
         weights = torch.rand(values.shape) * 3 if weighted else None

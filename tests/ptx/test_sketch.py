@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from xentile import _layout as layout
 from xentile import reference
 from xentile._triton import sketch as triton
 from xentile._triton.cross_entropy import scale_
+from xentile._triton.launch import Device
 
 from .device import pretended_gpu
 
@@ -30,10 +31,20 @@ def losses(count: int) -> Tensor:
     return values
 
 
-def updated(count: int, *, bits: int = 7, groups: int = 1, masked: bool = False, unit: int = 1, weighted: bool = False):  # type: ignore[no-untyped-def]
-    """(what the kernel makes of a state, what the specification does)."""
+def updated(  # type: ignore[no-untyped-def]
+    values: Tensor,
+    *,
+    bits: int = 7,
+    groups: int = 1,
+    masked: bool = False,
+    unit: int = 1,
+    weighted: bool = False,
+    skipped: int = 0,
+):
+    """(what the kernel makes of a state, what the specification does), without the first `skipped` values."""
     generator = torch.Generator().manual_seed(1)
-    values = losses(count)
+    values = values[skipped:]
+    count = len(values)
     mask = torch.rand(count, generator=generator) < 0.7 if masked else None
     group_ids = torch.randint(-1, groups + 1, (count,), generator=generator) if groups > 1 else None
     weights = torch.rand(count, generator=generator) * 3 if weighted else None
@@ -53,19 +64,66 @@ def updated(count: int, *, bits: int = 7, groups: int = 1, masked: bool = False,
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_update_equals_the_specification(count: int, groups: int) -> None:
-    mine, theirs = updated(count, groups=groups)
+    mine, theirs = updated(losses(count), groups=groups)
     assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_masked_and_weighted_update(groups: int) -> None:
-    mine, theirs = updated(5000, groups=groups, masked=True, weighted=True, unit=2**20)
+    mine, theirs = updated(losses(5000), groups=groups, masked=True, weighted=True, unit=2**20)
+    assert torch.equal(mine, theirs)
+
+
+BULK = 4096  # values a tile
+REGULAR = [0.0, -0.0, 2.0**-149, 1e-9, 2.0**-24, 1.0, 255.99]
+STRAY = [-1e-9, 256.0, 2.0**24 * 3, torch.inf, -torch.inf, torch.nan]
+
+
+def bulk(count: int, values: list[float], **options: Any):  # type: ignore[no-untyped-def]
+    """(what the kernel for many values makes of a state, what the specification does), by two programs."""
+    x = torch.exp(torch.randn(count, generator=torch.Generator().manual_seed(0)) * 3).clamp(max=255)
+    x[: len(values)] = torch.tensor(values)[:count]
+    x = x[torch.randperm(count, generator=torch.Generator().manual_seed(1))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "BULK_FROM", 1)
+        patch.setattr(triton.launch, "device_of", lambda _: Device(processors=1))
+        return updated(x, **options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("count", [3, 2 * BULK, 3 * BULK + 77])
+def test_many_values_are_counted_as_the_specification_says(count: int, masked: bool) -> None:
+    mine, theirs = bulk(count, REGULAR, masked=masked, unit=5)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_has_no_bin_is_counted_by_the_second_loop_of_its_program(masked: bool) -> None:
+    for stray in STRAY:
+        mine, theirs = bulk(3 * BULK + 77, [stray], masked=masked)
+        assert torch.equal(mine, theirs), stray
+
+
+def test_many_values_may_all_be_special() -> None:
+    for values in (STRAY * 900, [torch.nan] * 2 * BULK, [0.0] * 2 * BULK):
+        mine, theirs = bulk(len(values), values)
+        assert torch.equal(mine, theirs), values[:6]
+
+
+@pytest.mark.parametrize("bits", [1, 8, 9])
+def test_many_values_at_any_precision(bits: int) -> None:
+    mine, theirs = bulk(BULK + 700, REGULAR + STRAY, bits=bits)
+    assert torch.equal(mine, theirs)
+
+
+def test_many_values_may_begin_anywhere() -> None:
+    mine, theirs = bulk(2 * BULK, REGULAR, skipped=1)
     assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("bits", [1, 10])
 def test_update_at_any_precision(bits: int) -> None:
-    mine, theirs = updated(700, bits=bits)
+    mine, theirs = updated(losses(700), bits=bits)
     assert torch.equal(mine, theirs)
 
 

@@ -33,8 +33,8 @@ class Case(NamedTuple):
 
     @property
     def streams(self) -> bool:
-        """Rows too long for registers, so there is a hot loop to look at."""
-        return self.size > 16384
+        """Rows too long for registers, or more values than programs, so there is a hot loop to look at."""
+        return self.size > 16384 or (self.operator == "sketch" and self.rows >= 2**18)
 
     @property
     def reduces(self) -> bool:

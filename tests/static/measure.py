@@ -43,7 +43,8 @@ class Cost(NamedTuple):
         return Cost(**stored | loops)
 
 
-# The kernels that stream rows, and in how many loops of what they do. The loops of the others are over tokens, or none.
+# The kernels that stream rows or values, and in how many loops of what they do. The loops of the others are over
+# tokens, or none.
 READING = {
     "row_kernel": 1,
     "split_kernel": 1,
@@ -51,6 +52,7 @@ READING = {
     "dense_row_kernel": 3,  # the student's row, the teacher's, and both
     "teacher_kernel": 1,
     "tempered_kernel": 1,
+    "bulk_kernel": 1,  # the other is over what a sketch has no bin for
 }
 WRITING = {
     "row_kernel": 1,

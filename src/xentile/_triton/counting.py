@@ -110,6 +110,14 @@ def move_limb(
 
 
 @triton.jit
+def count_values(sketch_ptr, group, value, amount, weight, known, BITS: tl.constexpr, GROUPED: tl.constexpr):
+    """Count a tile of values, each with an int64 amount that is not 0 where it is known; weight: of `add_moments`."""
+    column = group * width_of(BITS) + column_of(value, BITS)
+    tl.atomic_add(sketch_ptr + column, amount, mask=known, sem="relaxed")
+    add_moments(sketch_ptr, group, value, weight, known, BITS, GROUPED)
+
+
+@triton.jit
 def add_moments(sketch_ptr, group, value, weight, mask, BITS: tl.constexpr, GROUPED: tl.constexpr):
     """Everything about the values of a tile but their bins: the limbs of their sums, and the extremes.
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from xentile import _layout as layout
 from xentile._triton import launch
+from xentile._triton.bulk import bulk_kernel
 from xentile._triton.counting import (
     BAD_GROUP,
     E_MAX,
@@ -22,8 +23,7 @@ from xentile._triton.counting import (
     SPECIAL,
     ZERO,
     add,
-    add_moments,
-    column_of,
+    count_values,
     edge_of,
     read_group,
     rint,
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 HEAVIEST = tl.constexpr(2.0**40)  # more of a weight, in units, is not counted: 2^23 such values fit in an int64
 TILE = 4096
 """Values a program takes at once; half as many if each has an amount and a place of its own, in registers."""
-PRIVATE_FROM = 1 << 18
-"""Values from which on programs count in shared memory first. Below, their own histograms would have more bins than
-values.
-"""
+BULK_FROM = 1 << 18
+"""Values from which on a program counts in shared memory first. Of fewer, it would have more bins than values."""
+BULK_PRECISION = 8
+"""The most bits of a bin with which there is room for that."""
+BULK_THREADS = 256
 
 
 @triton.jit
@@ -57,14 +58,9 @@ def amount_of(weight_ptr, i, keep, unit):
 @triton.jit(do_not_specialize=["n", "groups", "unit"])
 def update_kernel(
     value_ptr, mask_ptr, weight_ptr, group_ptr, sketch_ptr, n: tl.int64, groups, unit: tl.int64,
-    PRIVATE: tl.constexpr, GROUPED: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add values (n,) where mask (n,) holds; each program takes every num_programs-th tile.
-
-    PRIVATE: bins are counted in a histogram of the program's own, which is added to the sketch once, at the end. Many
-    equal values, such as the losses of tokens that the model is sure of, would otherwise queue at one address.
-    """
-    histogram = tl.zeros([COLUMNS], tl.int32)
+    """Add values (n,) where mask (n,) holds; each program takes every num_programs-th tile."""
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
         i = first + tl.arange(0, BLOCK)
@@ -78,17 +74,8 @@ def update_kernel(
         if group_ptr is not None:
             stray = keep & (known == 0)
             add(sketch_ptr, group, BAD_GROUP, stray.to(tl.int64), stray, BITS, False)
-        if PRIVATE:
-            histogram += tl.histogram(tl.where(known, column_of(value, BITS), COLUMNS - 1), COLUMNS)
-        else:
-            column = group * width_of(BITS) + column_of(value, BITS)
-            tl.atomic_add(sketch_ptr + column, amount, mask=known, sem="relaxed")
         weight = None if weight_ptr is None else amount.to(tl.float64) / unit.to(tl.float64)
-        add_moments(sketch_ptr, group, value, weight, known, BITS, GROUPED)
-    if PRIVATE:
-        column = tl.arange(0, COLUMNS)
-        some = (histogram != 0) & (column < width_of(BITS))  # the last column took the values that don't count
-        tl.atomic_add(sketch_ptr + column, histogram.to(tl.int64) * unit, mask=some, sem="relaxed")
+        count_values(sketch_ptr, group, value, amount, weight, known, BITS, GROUPED)
 
 
 def sketch_update(
@@ -101,7 +88,9 @@ def sketch_update(
     if n == 0:
         return
     device = launch.device_of(values)
+    precision = layout.Layout.of_width(sketch.shape[1]).mantissa_bits
     grouped = group_ids is not None and groups > 1
+    bulk = weights is None and group_ids is None and n >= BULK_FROM and precision <= BULK_PRECISION
     tile = TILE if weights is None and not grouped else TILE // 2
     arguments = {
         "value_ptr": values,
@@ -112,15 +101,14 @@ def sketch_update(
         "n": n,
         "groups": groups,
         "unit": unit,
-        "PRIVATE": not grouped and weights is None and n >= PRIVATE_FROM,
         "GROUPED": grouped,
-        "BITS": layout.Layout.of_width(sketch.shape[1]).mantissa_bits,
-        "COLUMNS": triton.next_power_of_2(sketch.shape[1] + 1),
+        "BITS": precision,
         "BLOCK": tile,
+        "THREADS": BULK_THREADS,
     }
     with launch.guard(values):
         programs = min(triton.cdiv(n, tile), 2 * device.processors)
-        launch.run(update_kernel, (programs,), arguments, 256, device)
+        launch.run(bulk_kernel if bulk else update_kernel, (programs,), arguments, BULK_THREADS, device)
 
 
 @triton.jit
