@@ -228,12 +228,12 @@ def forward_rows(logits: Tensor, teacher_logits: Tensor, divergence: str, device
         # and also without a gradient, because they are read twice then.
         size = logits.element_size() + teacher_logits.element_size()
         threads = launch.forward(4 * device.processors, v, size, True, False, False, device).threads
-    alone = threads == 1024
     if divergence != "forward_kl":
-        threads = min(threads, 512)  # 1024 have 64 registers each, which reverse_kl of a softcap is a few too many for
+        # 1024 threads have 64 registers each, which reverse_kl of a softcap is a few too many for.
+        registers = 128 if threads == 1024 else 0
+        threads = min(threads, 512)
     if divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
         share = 8  # the logarithms of a mixture, of 16 columns at once, don't fit in 128 registers either
-        registers = 128 if alone else 0
     threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))))
     return launch.Rows(threads * share, threads, registers=registers if threads == 512 else 0)
 

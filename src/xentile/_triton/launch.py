@@ -35,8 +35,8 @@ class Rows:
     """A launch over rows. block: columns a tile; splits: programs a row; resident: the row stays in registers.
 
     lanes: if not 0, a program has several rows, each held by so many threads, which load `vector` logits at once.
-    registers: as many a thread may have, where NVIDIA's compiler by itself would sooner spill than take more than would
-    leave room for a second program; 0: its own choice.
+    registers: as many as a thread may have, where NVIDIA's compiler by itself would sooner spill than take them, or
+    would take more and leave no room for a second program; 0: its own choice.
     """
 
     block: int

@@ -39,12 +39,18 @@ def lower_bound(keys, K, limit):
 
 
 @triton.jit
-def list_slots(slot_ptr, out):
-    """Write the slots where `out` [G] holds, and return how many these are."""
-    place = tl.cumsum(out.to(tl.int32), 0)
-    tl.store(slot_ptr + place - 1, tl.arange(0, out.shape[0]), mask=out)
+def list_slots(slot_ptr, out, WIDTH: tl.constexpr):
+    """Write the slots where `out` [G] holds, and return how many these are. WIDTH: how many threads there are."""
+    G: tl.constexpr = out.shape[0]
+    APART: tl.constexpr = WIDTH if WIDTH < G else G
+    # Slots so far apart are one thread's, and follow one another in the list: the scan is over threads, not over slots.
+    wanted = tl.reshape(out.to(tl.int32), [G // APART, APART])
+    count = tl.sum(wanted, 0)
+    end = tl.cumsum(count, 0)
+    place = (end - count)[None, :] + tl.cumsum(wanted, 0) - 1
+    tl.store(slot_ptr + tl.reshape(place, [G]), tl.arange(0, G), mask=out)
     tl.debug_barrier()
-    return tl.max(place, 0)
+    return tl.max(end, 0)
 
 
 @triton.jit

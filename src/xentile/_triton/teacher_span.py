@@ -75,9 +75,19 @@ def reduce_tiles(
 
 
 @triton.jit
-def leave_out(m, r, out):
-    """(m, r) of slots, of which some are empty now."""
-    return tl.where(out, float("-inf"), m), tl.where(out, 0.0, r)
+def join_slots(m, r, c, logit_scale, softcap, TRANSFORM: tl.constexpr):
+    """(m, r) of all slots together."""
+    top = tl.max(m, 0)
+    b = reference_of(m, logit_scale, softcap, TRANSFORM)
+    b_top = reference_of(top, logit_scale, softcap, TRANSFORM)
+    return top, tl.sum(r * tl.exp2((b - b_top) * c), 0)
+
+
+@triton.jit
+def leave_out(m, r, out, c, logit_scale, softcap, TRANSFORM: tl.constexpr):
+    """(m, r) of all slots but some together: two numbers, so that no thread keeps its slots any longer."""
+    m = tl.where(out, float("-inf"), m)
+    return join_slots(m, tl.where(out, 0.0, r), c, logit_scale, softcap, TRANSFORM)
 
 
 @triton.jit
@@ -109,7 +119,7 @@ def reduce_rest(
     row, slot_ptr, listed, last, head, body, c, logit_scale, softcap,
     BLOCK: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """(m, r) [WIDTH], to be combined, of the listed slots without the columns whose keys are `last` or more."""
+    """(m, r) of the listed slots without the columns whose keys are `last` or more."""
     state = empty_state(WIDTH)
     for first in range(0, elements_of(listed, body, BLOCK, VEC), WIDTH):
         x, column, _group, valid = read_slots(row, slot_ptr, listed, first, head, body, BLOCK, VEC, WIDTH)
@@ -117,18 +127,19 @@ def reduce_rest(
         x = tl.where(valid, x, float("-inf"))
         state = fold(state, x[:, None], valid[:, None], first, c, logit_scale, softcap, TRANSFORM)
     m, _best, _b, r = state
-    return m, r
+    return join_slots(m, r, c, logit_scale, softcap, TRANSFORM)
 
 
 @triton.jit
 def tail_of(
-    row, m, r, slot_ptr, listed, last, head, body, V, c, logit_scale, softcap,
+    row, others, slot_ptr, listed, last, head, body, V, c, logit_scale, softcap,
     BLOCK: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """(top, total) of the columns with keys less than `last`: their maximum, and their sum of exp2((z - top) * c).
 
-    m, r: of the slots that are not listed.
+    others: (m, r) of the slots that are not listed.
     """
+    m, r = others
     m_rest, r_rest = reduce_rest(
         row, slot_ptr, listed, last, head, body, c, logit_scale, softcap, BLOCK, VEC, WIDTH, TRANSFORM
     )
@@ -136,10 +147,9 @@ def tail_of(
     x = tl.load(row + columns, mask=in_edges, other=float("-inf")).to(tl.float32)
     in_edges &= key_of(x, columns) < last
     x = tl.where(in_edges, x, float("-inf"))
-    x_max = tl.maximum(tl.maximum(tl.max(m, 0), tl.max(m_rest, 0)), tl.max(x, 0))
-    top = reference_of(x_max, logit_scale, softcap, TRANSFORM)
-    total = tl.sum(r * tl.exp2((reference_of(m, logit_scale, softcap, TRANSFORM) - top) * c), 0)
-    total += tl.sum(r_rest * tl.exp2((reference_of(m_rest, logit_scale, softcap, TRANSFORM) - top) * c), 0)
+    top = reference_of(tl.maximum(tl.maximum(m, m_rest), tl.max(x, 0)), logit_scale, softcap, TRANSFORM)
+    total = r * tl.exp2((reference_of(m, logit_scale, softcap, TRANSFORM) - top) * c)
+    total += r_rest * tl.exp2((reference_of(m_rest, logit_scale, softcap, TRANSFORM) - top) * c)
     e = tl.exp2((transform(x, logit_scale, softcap, TRANSFORM) - top) * c)
     return top, total + tl.sum(tl.where(in_edges, e, 0.0), 0)
 

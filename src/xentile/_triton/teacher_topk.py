@@ -92,14 +92,15 @@ def teacher_kernel(
         candidate_ptr += row * room
         keys = slot_keys(m, best, head, body, VEC)
         low = lower_bound(keys, K, limit)
-        listed = list_slots(slot_ptr, keys >= low)
+        out = keys >= low
+        others = leave_out(m, r, out, LOG2E, logit_scale, softcap, TRANSFORM)
+        listed = list_slots(slot_ptr, out, WIDTH)
         tl.store(search_ptr + row * 2, low)
         tl.store(search_ptr + row * 2 + 1, listed.to(tl.int64))
-        m, r = leave_out(m, r, keys >= low)
         select(x_row, slot_ptr, listed, low, candidate_ptr, head, body, V, BLOCK, VEC, WIDTH, KEPT)
         top_keys, last, z, z_0 = read_top(candidate_ptr, K, logit_scale, softcap, KEPT, TRANSFORM)
         tail = tail_of(
-            x_row, m, r, slot_ptr, listed, last, head, body, V, LOG2E, logit_scale, softcap,
+            x_row, others, slot_ptr, listed, last, head, body, V, LOG2E, logit_scale, softcap,
             BLOCK, VEC, WIDTH, TRANSFORM,
         )  # fmt: skip
         log_sum, log_tail = log_masses(z, z_0, tail, 1.0)
@@ -127,10 +128,11 @@ def tempered_kernel(
             low = tl.load(search_ptr + row * 2)
             listed = tl.load(search_ptr + row * 2 + 1).to(tl.int32)
             m, best, r = reduce_tiles(x_row, head, body, c, logit_scale, softcap, BLOCK, VEC, TRANSFORM)
-            m, r = leave_out(m, r, slot_keys(m, best, head, body, VEC) >= low)
+            out = slot_keys(m, best, head, body, VEC) >= low
+            others = leave_out(m, r, out, c, logit_scale, softcap, TRANSFORM)
             _, last, z, z_0 = read_top(candidate_ptr + row * room, K, logit_scale, softcap, KEPT, TRANSFORM)
             tail = tail_of(
-                x_row, m, r, slot_ptr, listed, last, head, body, V, c, logit_scale, softcap,
+                x_row, others, slot_ptr, listed, last, head, body, V, c, logit_scale, softcap,
                 BLOCK, VEC, WIDTH, TRANSFORM,
             )  # fmt: skip
             log_sum, log_tail = log_masses(z, z_0, tail, temperature)
@@ -186,7 +188,7 @@ def teacher_topk(
         "TRANSFORM": "softcap" if softcap else "scale" if logit_scale != 1 else "identity",
     }
     with launch.guard(logits):
-        launch.run(teacher_kernel, (n,), arguments, rows.threads, device)
+        launch.run(teacher_kernel, (n,), arguments, rows.threads, device, rows.registers)
         launch.run(tempered_kernel, (n, temperatures.shape[0]), arguments, rows.threads, device)
 
 
@@ -199,4 +201,5 @@ def choose_rows(n: int, v: int, k: int, itemsize: int, device: launch.Device) ->
     threads = 512 if k > 256 or n <= device.processors else 256
     threads = min(threads, triton.next_power_of_2(triton.cdiv(v, share)))
     threads = max(device.warp_size, threads, triton.next_power_of_2(k) // 4)  # the sort is of twice as many keys
-    return launch.Rows(threads * share, threads)
+    # So a processor has room for two rows of 256 threads; Triton 3.6's compiler would rather have three, and spill.
+    return launch.Rows(threads * share, threads, registers=128 if threads >= 256 else 0)

@@ -243,16 +243,16 @@ def forward_rows(
     else:
         threads = 128 if n >= 4 * device.processors else 512
     registers = 0
-    if twice:  # two more numbers a slot
-        share //= 2
-    elif threads == 1024:
-        # A processor has this row alone: what is done once a row costs half as much with half the threads, which have
-        # registers for as many bytes in flight.
-        threads, share, registers = 512, 2 * share, 128
+    if twice:
+        share //= 2  # two more numbers a slot
+    if (twice or threads == 1024) and threads // 2 >= k:
+        # Half the threads have registers for as many bytes in flight, and what is done once a row costs half as much.
+        # That needs a few more than 64 at two exponentials a logit; a thread has at most one column of the support.
+        threads, share, registers = threads // 2, 2 * share, 128
     # Not more than the row needs, and the groups of the support are a tile too: of 16 bytes for each of its columns.
-    threads = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))), k // 2)
-    threads = triton.next_power_of_2(threads)
-    return launch.Rows(threads * share, threads, registers=registers if threads == 512 else 0)
+    needed = max(device.warp_size, min(threads, triton.next_power_of_2(triton.cdiv(v, share))), k // 2)
+    needed = triton.next_power_of_2(needed)
+    return launch.Rows(needed * share, needed, registers=registers if needed == threads else 0)
 
 
 def backward_rows(v: int, itemsize: int, whole: bool, device: launch.Device) -> launch.Rows:
