@@ -27,15 +27,6 @@ def named(*names: str) -> list[Case]:
     return found
 
 
-LEFT = {
-    ("sm_120", "teacher_kernel", "teacher 8192 x 128256 bfloat16 K = 1024 T = 1"): 5,
-}
-"""Spills that are not gone yet: instructions of a kernel that move registers to local memory and back."""
-LEFT_BY_TRITON_3_6 = {
-    ("sm_80", "dense_row_kernel", "dense_training 8192 x 128256 bfloat16 T = 2.5 reverse_kl"): 14,
-    ("sm_90", "topk_row_kernel", "topk_training 8192 x 50257 bfloat16 K = 64 T = 2"): 8,
-}
-
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 STREAMING = [case for case in CASES if case.streams and not case.option.startswith("every")]
 """Without class weights, which begin anywhere beside a row."""
@@ -43,12 +34,11 @@ STREAMING = [case for case in CASES if case.streams and not case.option.startswi
 
 @EVERY_CASE
 def test_nothing_spills_and_counting_needs_no_fence(case: Case) -> None:
-    left = LEFT | (LEFT_BY_TRITON_3_6 if triton.__version__.startswith("3.6.") else {})
     found = [
         f"{name} for {target}: {cost.spills} spills, {cost.fences} fences"
         for target in TARGETS
         for name, cost in costs(case, target).items()
-        if cost.spills > left.get((target, name, case.name), 0) or cost.fences
+        if cost.spills or cost.fences
     ]
     assert found == []
 
@@ -94,12 +84,12 @@ def test_a_processor_has_room_for_two_rows_of_a_teachers_common_top_k() -> None:
         assert costs(case, target)["teacher_kernel"].registers <= 128
 
 
-def test_many_values_of_a_sketch_take_36_instructions_each_and_two_programs_a_processor_on_hopper() -> None:
-    """That many for 20 us of a data-sheet H100 and 2**24 values, which is what their reading takes too."""
+def test_many_values_of_a_sketch_take_28_instructions_each_and_four_programs_a_processor_on_hopper() -> None:
+    """Fewer than a data-sheet H100 executes while it reads a value."""
     [case] = named("sketch 1048576 x 1 float32")
     cost = costs(case, "sm_90")["bulk_kernel"]
-    assert cost.reading[0].instructions <= 36
-    assert 2 * 256 * cost.registers <= 65536
+    assert cost.reading[0].instructions <= 28
+    assert 4 * 256 * cost.registers <= 65536
 
 
 @EVERY_CASE

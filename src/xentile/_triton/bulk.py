@@ -25,6 +25,7 @@ from xentile._triton.counting import (
     ZERO,
     count_values,
 )
+from xentile._triton.shared_histogram import counted, counts_of, empty
 
 VEC = tl.constexpr(4)
 """Values a load: 16 bytes."""
@@ -34,15 +35,20 @@ LOADS = tl.constexpr(4)
 
 @triton.jit
 def tile(THREADS: tl.constexpr):
-    """Offsets [LOADS, THREADS, VEC]: what a thread has lies along the first and the last axis."""
-    loads, threads, vec = tl.arange(0, LOADS), tl.arange(0, THREADS), tl.arange(0, VEC)
-    return loads[:, None, None] * (THREADS * VEC) + threads[None, :, None] * VEC + vec[None, None, :]
+    """Offsets [LOADS * THREADS, VEC]: a thread has every THREADS-th row."""
+    return tl.arange(0, LOADS * THREADS)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def by_thread(x):
+    """[LOADS, THREADS]: from one number a row of a tile, with those of a thread in a column."""
+    return tl.reshape(x, [LOADS, x.shape[0] // LOADS])
 
 
 @triton.jit
 def per_thread(x):
     """The sum of what a thread has, [THREADS]."""
-    return tl.sum(tl.sum(x, 2), 0)
+    return tl.sum(by_thread(tl.sum(x, 1)), 0)
 
 
 @triton.jit
@@ -80,13 +86,15 @@ def read_mask(mask_ptr, i, inside):
 
 
 @triton.jit
-def count_regular(value_ptr, mask_ptr, sketch_ptr, whole, unit, BITS: tl.constexpr, THREADS: tl.constexpr):
+def count_regular(
+    value_ptr, mask_ptr, sketch_ptr, whole, unit, DECLARATION: tl.constexpr, BITS: tl.constexpr, THREADS: tl.constexpr
+):
     """Count what is regular in this program's tiles of values [0, whole), all of them full; returns how much is not."""
     BLOCK: tl.constexpr = LOADS * THREADS * VEC
     BINS: tl.constexpr = (E_MAX - E_MIN) << BITS
     FIRST: tl.constexpr = (127 + E_MIN) << BITS
     offsets = tile(THREADS)
-    histogram = tl.zeros([BINS], tl.int32)
+    histogram = empty(DECLARATION, BINS)
     below, others, strays = tl.zeros([THREADS], tl.int32), tl.zeros([THREADS], tl.int32), tl.zeros([THREADS], tl.int32)
     smallest, largest = tl.full([THREADS], 2147483647, tl.int32), tl.zeros([THREADS], tl.int32)
     sum_hi, sum_lo = tl.zeros([THREADS], tl.int64), tl.zeros([THREADS], tl.int64)
@@ -97,13 +105,13 @@ def count_regular(value_ptr, mask_ptr, sketch_ptr, whole, unit, BITS: tl.constex
         regular = keep & is_regular(bits)
         strays += per_thread((keep & (regular == 0)).to(tl.int32))
         others += per_thread((regular == 0).to(tl.int32))
-        smallest = tl.minimum(smallest, tl.min(tl.min(tl.where(regular, bits, 2147483647), 2), 0))
+        smallest = tl.minimum(smallest, tl.min(by_thread(tl.min(tl.where(regular, bits, 2147483647), 1)), 0))
         bits = tl.where(regular, bits, 0)
-        largest = tl.maximum(largest, tl.max(tl.max(bits, 2), 0))
+        largest = tl.maximum(largest, tl.max(by_thread(tl.max(bits, 1)), 0))
         # What is in no bin is counted in the first one too, and taken out in the end: cheaper than to count it nowhere.
         below += per_thread((bits < (FIRST << (23 - BITS))).to(tl.int32))
         bin = tl.maximum((bits >> (23 - BITS)) - FIRST, 0)
-        histogram += tl.histogram(tl.reshape(bin, [BLOCK]), BINS)
+        histogram = counted(histogram, bin, DECLARATION, BINS)
         x = bits.to(tl.float32, bitcast=True).to(tl.float64)
         hi, lo = limbs_of(x, 1.0, SUM_HI_ROUND, SUM_LO_ROUND)
         sum_hi, sum_lo = sum_hi + hi, sum_lo + lo
@@ -111,8 +119,8 @@ def count_regular(value_ptr, mask_ptr, sketch_ptr, whole, unit, BITS: tl.constex
         sq_mid, sq_lo = sq_mid + mid, sq_lo + lo
     below_bins = tl.sum(below, 0)
     bin = tl.arange(0, BINS)
-    histogram -= tl.where(bin == 0, below_bins, 0)
-    tl.atomic_add(sketch_ptr + SPECIAL + bin, histogram.to(tl.int64) * unit, mask=histogram != 0, sem="relaxed")
+    counts = counts_of(histogram, DECLARATION, BINS) - tl.where(bin == 0, below_bins, 0)
+    tl.atomic_add(sketch_ptr + SPECIAL + bin, counts.to(tl.int64) * unit, mask=counts != 0, sem="relaxed")
     add_to(sketch_ptr, ZERO, (below_bins - tl.sum(others, 0)).to(tl.int64) * unit)
     add_to(sketch_ptr, SUM_HI, tl.sum(sum_hi, 0))
     add_to(sketch_ptr, SUM_LO, tl.sum(sum_lo, 0))
@@ -127,13 +135,14 @@ def count_regular(value_ptr, mask_ptr, sketch_ptr, whole, unit, BITS: tl.constex
 
 @triton.jit(do_not_specialize=["n", "unit"])
 def bulk_kernel(
-    value_ptr, mask_ptr, sketch_ptr, n: tl.int64, unit: tl.int64, BITS: tl.constexpr, THREADS: tl.constexpr
+    value_ptr, mask_ptr, sketch_ptr, n: tl.int64, unit: tl.int64,
+    DECLARATION: tl.constexpr, BITS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Add values (n,) where mask (n,) holds; each program takes every num_programs-th tile."""
     BLOCK: tl.constexpr = LOADS * THREADS * VEC
     PART: tl.constexpr = 2 * THREADS  # small, because its registers are the first loop's too
     whole = n // BLOCK * BLOCK
-    strays = count_regular(value_ptr, mask_ptr, sketch_ptr, whole, unit, BITS, THREADS)
+    strays = count_regular(value_ptr, mask_ptr, sketch_ptr, whole, unit, DECLARATION, BITS, THREADS)
     start, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
     if strays == 0:  # there is but the last tile, if it is this program's and not full
         start += tl.maximum((whole - start + step - 1) // step, 0) * step

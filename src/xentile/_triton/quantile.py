@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xentile._triton import launch
+from xentile._triton import launch, shared_histogram
+from xentile._triton.shared_histogram import counted, counts_of, empty
 
 TILE = 4096
 
@@ -51,11 +52,13 @@ def add_histogram(count_ptr, digit, keep, BUCKETS: tl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def first_digit_kernel(
     x_ptr, mask_ptr, weight_ptr, count_ptr, n: tl.int64,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr,
+    DECLARATION: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, INFINITY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th tile."""
     buckets: tl.constexpr = 1 << BITS
-    histogram = tl.zeros([buckets], tl.int32)
+    histogram = empty(DECLARATION, buckets)
+    left_out = tl.zeros([], tl.int64)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
         i = first + tl.arange(0, BLOCK)
@@ -63,11 +66,18 @@ def first_digit_kernel(
         key = key_of(tl.load(x_ptr + i, mask=i < n, other=0), WIDTH, INFINITY)
         digit = (key >> SHIFT).to(tl.int32)
         if weight_ptr is None:
-            histogram += tl.histogram(digit, buckets, mask=keep)
+            # What does not count is counted in the first bucket and taken out in the end.
+            histogram = counted(histogram, tl.where(keep, digit, 0), DECLARATION, buckets)
+            if mask_ptr is None:
+                left_out += tl.maximum(first + BLOCK - n, 0)
+            else:
+                left_out += tl.sum((keep == 0).to(tl.int32), 0)
         else:
             tl.atomic_add(count_ptr + digit, amount, mask=keep, sem="relaxed")
     if weight_ptr is None:
-        tl.atomic_add(count_ptr + tl.arange(0, buckets), histogram.to(tl.int64), mask=histogram != 0, sem="relaxed")
+        bucket = tl.arange(0, buckets)
+        counts = counts_of(histogram, DECLARATION, buckets).to(tl.int64) - tl.where(bucket == 0, left_out, 0)
+        tl.atomic_add(count_ptr + bucket, counts, mask=counts != 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n", "targets"])
@@ -82,10 +92,10 @@ def next_digit_kernel(
         i = first + tl.arange(0, BLOCK)
         keep, amount = read_amount(mask_ptr, weight_ptr, i, i < n)
         key = key_of(tl.load(x_ptr + i, mask=i < n, other=0), WIDTH, INFINITY)
-        prefix = (key >> (SHIFT + BITS)).to(tl.int64)
+        prefix = (key >> (SHIFT + BITS)).to(tl.int32)
         digit = ((key >> SHIFT) & (buckets - 1)).to(tl.int32)
         for t in range(targets):
-            match = keep & (prefix == tl.load(prefix_ptr + t))
+            match = keep & (prefix == tl.load(prefix_ptr + t).to(tl.int32))
             row = count_ptr + t * buckets
             if weight_ptr is not None:
                 tl.atomic_add(row + digit, amount, mask=match, sem="relaxed")
@@ -111,6 +121,7 @@ def radix_counts(
         "count_ptr": counts,
         "n": n,
         "targets": prefixes.numel(),
+        "DECLARATION": shared_histogram.declaration(1 << bits, device),
         "SHIFT": shift,
         "BITS": bits,
         "WIDTH": width,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from xentile import _layout as layout
-from xentile._triton import launch
+from xentile._triton import launch, shared_histogram
 from xentile._triton.bulk import bulk_kernel
 from xentile._triton.counting import (
     BAD_GROUP,
@@ -105,9 +105,11 @@ def sketch_update(
         "BITS": precision,
         "BLOCK": tile,
         "THREADS": BULK_THREADS,
+        "DECLARATION": shared_histogram.declaration((layout.E_MAX - layout.E_MIN) << precision, device),
     }
     with launch.guard(values):
-        programs = min(triton.cdiv(n, tile), 2 * device.processors)
+        # Of 256 threads with 64 registers, four fit in a processor.
+        programs = min(triton.cdiv(n, tile), (4 if bulk else 2) * device.processors)
         launch.run(bulk_kernel if bulk else update_kernel, (programs,), arguments, BULK_THREADS, device)
 
 

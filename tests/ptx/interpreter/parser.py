@@ -31,7 +31,7 @@ _INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?")
 _FLOAT = re.compile(r"0(?:[fF]([0-9a-fA-F]{8})|[dD]([0-9a-fA-F]{16}))")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+_SHARED = re.compile(r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _DECLARATIONS = (".shared", ".pragma")
 
@@ -46,9 +46,10 @@ def parse(text: str, name: str | None = None) -> Program:
     if not head:
         raise ValueError(f"no .entry {name or ''} in the PTX")
     program = Program(head[1], _parameters(head[2]), _block_size(head[3]))
-    for alignment, kind, variable, count in _SHARED.findall(text):
+    # What the launch sizes (extern) comes after all that has a size.
+    for extern, alignment, kind, variable, count in sorted(_SHARED.findall(text), key=lambda found: bool(found[0])):
         program.shared_offsets[variable] = -(-program.shared_bytes // int(alignment)) * int(alignment)
-        size = 0 if "[]" in variable else int(count or 0) * DTYPES[kind].itemsize
+        size = 0 if extern else int(count or 1) * DTYPES[kind].itemsize
         program.shared_bytes = program.shared_offsets[variable] + size
     _Body(program).read(_braced(text, head.end()))
     return program
