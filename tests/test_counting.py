@@ -73,6 +73,22 @@ def test_many_values_are_counted_like_the_reference(name: str, masked: bool, dev
     assert torch.equal(sketch.state.cpu(), expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "not aligned"])
+def test_a_batch_of_every_mixture_is_counted_like_the_reference(start: int, masked: bool, device: torch.device) -> None:
+    """Half a million values: a GPU counts so many by a kernel of their own."""
+    values = torch.cat(list(many_values().values()))
+    there = values[torch.randperm(len(values))].to(device)[start:]  # beside a 16-byte boundary on a GPU too
+    values = there.cpu()
+    assert len(values) > 2**18
+    mask = torch.rand(len(values)) < 0.7 if masked else None
+    expected = torch.zeros(1, DEFAULT.width, dtype=torch.int64)
+    reference.sketch_update(values, mask, None, None, expected, 1)
+    sketch = xt.LossSketch(device)
+    sketch.update(there, None if mask is None else mask.to(device))
+    assert torch.equal(sketch.state.cpu(), expected)
+
+
 @pytest.mark.parametrize("precision", [1, 5, 7, 10])
 @pytest.mark.parametrize("n", [100, 2048, 5000, 40_000])
 def test_few_or_many_values_of_any_precision_are_counted_like_the_reference(
