@@ -22,13 +22,14 @@ def declaration(bins: int, device: launch.Device) -> str:
 def empty(DECLARATION: tl.constexpr, BINS: tl.constexpr):
     """A histogram without counts: the address of its first bin, or its counts themselves. Once a kernel."""
     if DECLARATION == "":
-        return tl.zeros([BINS], tl.int32)
-    histogram = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.inline_asm_elementwise(
-        "st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [histogram + tl.arange(0, BINS) * 4],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    tl.debug_barrier()
+        histogram = tl.zeros([BINS], tl.int32)
+    else:
+        histogram = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [histogram + tl.arange(0, BINS) * 4],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.debug_barrier()
     return histogram
 
 
@@ -36,21 +37,23 @@ def empty(DECLARATION: tl.constexpr, BINS: tl.constexpr):
 def counted(histogram, bin, DECLARATION: tl.constexpr, BINS: tl.constexpr):
     """The histogram with one more in each of these bins, int32 of any shape."""
     if DECLARATION == "":
-        return histogram + tl.histogram(tl.ravel(bin), BINS)
-    tl.inline_asm_elementwise(
-        "red.shared.add.u32 [$1], 1; mov.u32 $0, 0;", "=r,r", [histogram + bin * 4],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        histogram += tl.histogram(tl.ravel(bin), BINS)
+    else:
+        tl.inline_asm_elementwise(
+            "red.shared.add.u32 [$1], 1; mov.u32 $0, 0;", "=r,r", [histogram + bin * 4],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     return histogram
 
 
 @triton.jit
 def counts_of(histogram, DECLARATION: tl.constexpr, BINS: tl.constexpr):
     """int32 [BINS]. Afterwards nothing may be counted."""
-    if DECLARATION == "":
-        return histogram
-    tl.debug_barrier()
-    return tl.inline_asm_elementwise(
-        "ld.shared.u32 $0, [$1];", "=r,r", [histogram + tl.arange(0, BINS) * 4],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    counts = histogram
+    if DECLARATION != "":
+        tl.debug_barrier()
+        counts = tl.inline_asm_elementwise(
+            "ld.shared.u32 $0, [$1];", "=r,r", [histogram + tl.arange(0, BINS) * 4],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return counts
