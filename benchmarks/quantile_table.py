@@ -46,7 +46,7 @@ def _cells(row: Row) -> list[str]:
     if row["status"] != "measured":
         return [row["case"], "-", row["provider"], row["reason"], "-", "-"]
     against = "times_as_long" in row
-    times = f"**{row['times_as_long']['median']:.3g}**" if against else "-"
+    times = f"**{_three_digits(row['times_as_long']['median'])}**" if against else "-"
     took = _duration(row["peer_seconds"]["median"]) if against else "-"
     return [row["case"], _duration(row["seconds"]["median"]), row["provider"] or "-", took, times, _goal(row)]
 
@@ -63,3 +63,8 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
+
+
+def _three_digits(x: float) -> str:
+    """Or all those before the point."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
