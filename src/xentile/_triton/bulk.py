@@ -24,6 +24,7 @@ from xentile._triton.counting import (
     SUM_LO_ROUND,
     ZERO,
     count_values,
+    limb_of,
 )
 from xentile._triton.shared_histogram import counted, counts_of, empty
 
@@ -55,12 +56,6 @@ def per_thread(x):
 def is_regular(bits):
     """Whether float32 bits are of a value in [0, 2^8); a negative one is larger as an unsigned integer."""
     return bits.to(tl.uint32, bitcast=True) < ((127 + E_MAX) << 23)
-
-
-@triton.jit
-def limb_of(rounded, ROUND: tl.constexpr):
-    """What a sum to ROUND counts in its bits, int64; see `move_limb`."""
-    return rounded.to(tl.int64, bitcast=True) - tl.full([], ROUND, tl.float64).to(tl.int64, bitcast=True)
 
 
 @triton.jit

@@ -99,13 +99,18 @@ def raise_to(sketch_ptr, group, column: tl.constexpr, key, mask, BITS: tl.conste
 
 
 @triton.jit
+def limb_of(rounded, ROUND: tl.constexpr):
+    """What a sum to ROUND counts in its bits, int64: there is nothing to multiply or to convert."""
+    return rounded.to(tl.int64, bitcast=True) - tl.full([], ROUND, tl.float64).to(tl.int64, bitcast=True)
+
+
+@triton.jit
 def move_limb(
     sketch_ptr, group, column: tl.constexpr, x, ROUND: tl.constexpr, mask, BITS: tl.constexpr, GROUPED: tl.constexpr
 ):  # fmt: skip
     """Add what is a multiple of the limb's unit in float64 x to the limb, and return the rest. All of it is exact."""
-    rounded = x + ROUND  # its bits count the unit: there is nothing to multiply or to convert
-    limb = rounded.to(tl.int64, bitcast=True) - tl.full([], ROUND, tl.float64).to(tl.int64, bitcast=True)
-    add(sketch_ptr, group, column, limb, mask, BITS, GROUPED)
+    rounded = x + ROUND
+    add(sketch_ptr, group, column, limb_of(rounded, ROUND), mask, BITS, GROUPED)
     return x - (rounded - ROUND)
 
 
