@@ -145,10 +145,13 @@ def test_a_gpu_is_not_waited_for() -> None:
 
 
 TRITON_EQUALS_REFERENCE = """
+import pytest
 import torch
+import triton_36
 from xentile._triton.quantile import radix_counts
 from xentile.reference import quantile as spec
 
+triton_36.mend(pytest.MonkeyPatch())
 torch.manual_seed(0)
 n = 9001
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -171,8 +174,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 def test_triton_counts_equal_the_reference_in_the_interpreter() -> None:
     """In a process of its own, because Triton decides at import whether it interprets. No statement about a GPU."""
     pytest.importorskip("triton")
-    source = str(pathlib.Path(xt.__file__).parents[1])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": source}
+    paths = pathlib.Path(xt.__file__).parents[1], pathlib.Path(__file__).parent
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-W", "error", "-c", TRITON_EQUALS_REFERENCE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
