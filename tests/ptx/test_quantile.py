@@ -10,7 +10,7 @@ from xentile.reference import quantile as spec
 
 from .device import pretended_gpu
 
-COUNT = 9001  # three tiles, of which the last is not full
+COUNT = 9001  # five tiles, of which the last is not full
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
