@@ -295,6 +295,14 @@ def test_a_ddsketch_with_other_bins_is_refused(mapping: Callable[[Any], Any], me
         export.from_ddsketch(their_sketch(torch.tensor([1.0]), mapping))
 
 
+def test_a_ddsketch_of_more_than_a_sketch_can_add_up_is_refused() -> None:
+    proto = pytest.importorskip("ddsketch.pb.proto")
+    message = proto.pb.DDSketch.FromString(export.to_ddsketch(sketch_of(torch.tensor([1.0]))))
+    message.positiveValues.binCounts[message.positiveValues.contiguousBinIndexOffset] = 2.0**43
+    with pytest.raises(ValueError, match=r"sum of values below 2\*\*43, got about 8\.8"):
+        export.from_ddsketch(message.SerializeToString())
+
+
 def test_a_ddsketch_with_negative_values_is_refused() -> None:
     data = their_sketch(
         torch.tensor([-1.0]), lambda m: m.LinearlyInterpolatedMapping.from_gamma_offset(math.exp(1 / 128), 0)

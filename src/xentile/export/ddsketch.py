@@ -72,7 +72,7 @@ def from_ddsketch(data: bytes, *, weighted: bool = False, device: torch.device |
         device: of the sketch.
 
     Raises:
-        ValueError: if the bytes are no DDSketch, or one with other bins or with negative values.
+        ValueError: if the bytes are no DDSketch, or one with other bins, negative values or a sum of 2**43 or more.
     """
     message = protobuf.decode(data)
     m, reader = _convention(message)
@@ -124,6 +124,8 @@ def _fill(state: torch.Tensor, bins: layout.Layout, amounts: dict[int, int], uni
         middle = 0.0 if bucket < 0 else (edges[bucket + 1] + edges[bucket + 2]) / 2
         total += amount / unit * middle
         square += amount / unit * middle**2
+    if total >= 2.0**43:  # more than a sketch's integers hold
+        raise ValueError(f"data must have a sum of values below 2**43, got about {total:.3g}")
     for sum_, limbs in ((total, layout.SUM_LIMBS), (square, layout.SQUARE_LIMBS)):
         for column, limb in limbs_of(torch.tensor(sum_, dtype=torch.float64), limbs).items():
             state[column] = limb
